@@ -1,0 +1,257 @@
+"""Every field of a run's configuration, with the paper's values as defaults.
+
+Files in `configs/` call `base()` and change what their task needs. `validate` is where a
+combination that cannot work is refused.
+"""
+
+import json
+
+from ml_collections import ConfigDict
+
+from cosmos_jax.errors import UserError
+
+BERT_BASE_CASED = dict(
+    name="google-bert/bert-base-cased",
+    vocab_size=28_996,
+    hidden_size=768,
+    num_layers=12,
+    num_heads=12,
+    intermediate_size=3_072,
+    max_positions=512,
+)
+MINILM = dict(
+    name="minilm",
+    vocab_size=30_522,
+    hidden_size=384,
+    num_layers=6,
+    num_heads=12,
+    intermediate_size=1_536,
+    max_positions=512,
+)
+
+
+def base() -> ConfigDict:
+    """The paper's recipe: unconditional, 128 tokens in 16 latents, BERT-base."""
+    config = ConfigDict()
+    config.seed = 0
+    # Type of the matrix products, "float32" or "bfloat16"; parameters stay fp32.
+    config.dtype = "bfloat16"
+
+    # The frozen text encoder: a directory, "minilm", or a Hugging Face id. The sizes are
+    # known here so that `--stage=describe` needs no files; a loaded encoder must match them.
+    config.encoder = ConfigDict(BERT_BASE_CASED)
+
+    config.data = ConfigDict()
+    # embedded | jsonl:PATH | rocstories:PATH | paradetox:PATH | openwebtext:PATH | squad |
+    # xsum | wikipedia. Rows with a source make the run conditional.
+    config.data.source = "wikipedia"
+    config.data.conditional = False  # what `describe` assumes; a run takes it from the rows
+    config.data.directory = ""  # where TFDS keeps prepared data; empty: TFDS's own default
+    config.data.max_length = 128  # tokens of a text, [CLS] and [SEP] included
+    config.data.max_source_length = 512
+    # Keep the frozen encoder's states of all training texts on disk (fp16, in the workdir).
+    # Pays where a small data set is read many times.
+    config.data.cache_states = False
+
+    ae = config.autoencoder = ConfigDict()
+    ae.steps = 100_000
+    ae.batch_size = 512
+    ae.num_latents = 16
+    ae.num_layers = 12
+    ae.num_heads = 12
+    ae.dropout = 0.1
+    # Tokens the head can say: "encoder" (all of them) or "corpus" (those of the training
+    # texts; the others become [UNK]).
+    ae.vocabulary = "encoder"
+    # A workdir whose autoencoder serves this run too; empty: train one here.
+    ae.pretrained = ""
+    ae.alignment_weight = 1.0
+    # Each perturbation meets its share of a batch; see stages.py.
+    ae.masked_share = 0.5
+    ae.token_mask_rate = 0.3
+    ae.zero_masked_states = False  # the authors' code means to, and does not
+    ae.noised_share = 0.5
+    ae.activation_noise_delta = 0.7
+    ae.latent_dropout = 0.4
+    ae.optimizer = _optimizer(final_learning_rate=1e-4, clip_norm=10.0)
+    ae.ema_decay = 0.0
+    ae.statistics_texts = 10_000  # texts from which means and deviations are taken
+    _intervals(ae)
+
+    df = config.diffusion = ConfigDict()
+    df.steps = 200_000
+    df.batch_size = 512
+    df.num_layers = 12
+    df.num_heads = 12
+    df.condition_layers = 12
+    df.schedule_d = 5.0
+    df.self_condition_rate = 0.5
+    df.source_dropout_rate = 0.1  # sources hidden in training, for guidance
+    df.optimizer = _optimizer(final_learning_rate=2e-4, clip_norm=1.0)
+    df.ema_decay = 0.9999
+    df.statistics_texts = 10_000
+    df.sampler = "euler_sde"  # euler_sde | euler_ode | heun | ddim | ddpm
+    df.num_sampling_steps = 200
+    df.min_time = 0.05
+    df.answer = "mean"  # what a sampler returns: mean | x0
+    df.guidance = 1.0  # weight w of x0_u + w (x0_c - x0_u); 1: no guidance
+    _intervals(df)
+
+    config.generate = ConfigDict()
+    config.generate.num_texts = 1_000
+    config.generate.batch_size = 250
+
+    config.evaluate = ConfigDict()
+    config.evaluate.num_texts = 1_000  # held-out texts for reconstruction and losses
+
+    # Devices along each axis; -1: what is left.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    return config
+
+
+def _optimizer(*, final_learning_rate: float, clip_norm: float) -> ConfigDict:
+    """AdamW with a linear warm-up, then a cosine from the first rate to the final one."""
+    return ConfigDict(
+        dict(
+            learning_rate=2e-4,
+            final_learning_rate=final_learning_rate,
+            warmup_steps=1_000,
+            warmup_from=1e-8,
+            weight_decay=1e-5,
+            b1=0.9,
+            b2=0.98,
+            eps=1e-6,
+            clip_norm=clip_norm,
+        )
+    )
+
+
+def _intervals(stage: ConfigDict) -> None:
+    """Steps between log lines, evaluations and checkpoints."""
+    stage.log_every = 50
+    stage.evaluate_every = 5_000
+    stage.checkpoint_every = 1_000
+    stage.keep_checkpoints = 2
+
+
+# Fields that a run may change after it has begun: what it has trained stays usable.
+FREE = (
+    "data.directory",
+    "data.cache_states",
+    "autoencoder.steps",
+    "autoencoder.log_every",
+    "autoencoder.evaluate_every",
+    "autoencoder.checkpoint_every",
+    "autoencoder.keep_checkpoints",
+    "diffusion.steps",
+    "diffusion.log_every",
+    "diffusion.evaluate_every",
+    "diffusion.checkpoint_every",
+    "diffusion.keep_checkpoints",
+    "diffusion.sampler",
+    "diffusion.num_sampling_steps",
+    "diffusion.min_time",
+    "diffusion.answer",
+    "diffusion.guidance",
+    "generate.",
+    "evaluate.",
+    "mesh.",
+)
+
+
+def flatten(config: ConfigDict) -> dict[str, object]:
+    """{"diffusion.steps": 200000, ...}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    return ConfigDict(json.loads(text))
+
+
+def conflict(recorded: ConfigDict, asked: ConfigDict) -> str:
+    """The first field that may not differ between a workdir's config and the one asked for.
+
+    Empty if there is none.
+    """
+    old, new = flatten(recorded), flatten(asked)
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field) and not field.startswith(FREE):
+            return f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
+    return ""
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first field with a value that cannot work."""
+
+    def require(condition: bool, field: str, need: str) -> None:
+        if not condition:
+            value = flatten(config).get(field)
+            raise UserError(f"config.{field} is {value!r}; it must be {need}")
+
+    for field in (
+        "data.max_length",
+        "data.max_source_length",
+        "autoencoder.num_latents",
+        "diffusion.num_sampling_steps",
+        *(f"{stage}.batch_size" for stage in ("autoencoder", "diffusion", "generate")),
+        *(f"{stage}.num_layers" for stage in ("autoencoder", "diffusion")),
+        *(f"{stage}.statistics_texts" for stage in ("autoencoder", "diffusion")),
+        *(f"{stage}.log_every" for stage in ("autoencoder", "diffusion")),
+        *(f"{stage}.evaluate_every" for stage in ("autoencoder", "diffusion")),
+        *(f"{stage}.checkpoint_every" for stage in ("autoencoder", "diffusion")),
+        *(f"{stage}.keep_checkpoints" for stage in ("autoencoder", "diffusion")),
+        "generate.num_texts",
+        "evaluate.num_texts",
+    ):
+        require(flatten(config)[field] >= 1, field, "at least 1")
+    for field in ("autoencoder.steps", "diffusion.steps"):
+        require(flatten(config)[field] >= 0, field, "0 or more")
+    for field in (
+        "autoencoder.dropout",
+        "autoencoder.masked_share",
+        "autoencoder.token_mask_rate",
+        "autoencoder.noised_share",
+        "autoencoder.activation_noise_delta",
+        "autoencoder.latent_dropout",
+        "diffusion.self_condition_rate",
+        "diffusion.source_dropout_rate",
+    ):
+        require(0 <= flatten(config)[field] <= 1, field, "between 0 and 1")
+    for field in ("data.max_length", "data.max_source_length"):
+        limit = config.encoder.max_positions
+        require(3 <= flatten(config)[field] <= limit, field, f"from 3 to {limit}, the encoder's")
+    for stage in ("autoencoder", "diffusion"):
+        width, heads = config.encoder.hidden_size, config[stage].num_heads
+        require(
+            heads >= 1 and width % heads == 0 and (width // heads) % 2 == 0,
+            f"{stage}.num_heads",
+            f"such that {width}, the encoder's width, divides into heads of even width",
+        )
+    require(config.diffusion.num_layers % 2 == 0, "diffusion.num_layers", "even")
+    require(config.diffusion.condition_layers >= 1, "diffusion.condition_layers", "at least 1")
+    require(1e-3 <= config.diffusion.min_time < 1, "diffusion.min_time", "from 0.001 to below 1")
+    require(config.diffusion.schedule_d > 0, "diffusion.schedule_d", "positive")
+    require(config.dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16")
+    for field, choices in (
+        ("diffusion.sampler", ("euler_sde", "euler_ode", "heun", "ddim", "ddpm")),
+        ("diffusion.answer", ("mean", "x0")),
+        ("autoencoder.vocabulary", ("encoder", "corpus")),
+    ):
+        require(flatten(config)[field] in choices, field, "one of " + ", ".join(choices))
+    axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    require(axes.count(-1) <= 1, "mesh.data", "the only -1 among the axes of the mesh")
+    for axis in ("data", "fsdp", "tensor"):
+        require(config.mesh[axis] == -1 or config.mesh[axis] >= 1, f"mesh.{axis}", "1 or more, or -1")

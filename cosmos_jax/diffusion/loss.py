@@ -1,0 +1,42 @@
+"""The training loss of the denoiser.
+
+    (1) L = mean over texts, latents and features of (x_0 - x_0_hat(x_t, t, c))^2
+
+c is the self-condition: with probability p for the whole batch, the estimate of a first
+pass that saw c = 0 and passes no gradient; zeros otherwise.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cosmos_jax.diffusion import process, time_sampling
+from cosmos_jax.diffusion.schedule import Schedule
+
+Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(x_t [B, N, D], t [B], self_condition [B, N, D]) -> x_0 [B, N, D]."""
+
+
+def denoising_errors(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_0_BxNxD: jax.Array,
+    key: jax.Array,
+    *,
+    self_condition_rate: float,
+) -> jax.Array:
+    """Equation (1) before the mean over texts: the mean squared error of each text, [B]."""
+    time_key, noise_key, self_condition_key = jax.random.split(key, 3)
+    t_B = time_sampling.uniform(time_key, x_0_BxNxD.shape[0])
+    eps = jax.random.normal(noise_key, x_0_BxNxD.shape)
+    x_t = process.add_noise(schedule, x_0_BxNxD, t_B, eps)
+    zeros = jnp.zeros_like(x_t)
+    # Not jnp.where: a branch that is not taken costs nothing.
+    self_condition = jax.lax.cond(
+        jax.random.bernoulli(self_condition_key, self_condition_rate),
+        lambda: denoise(x_t, t_B, zeros).astype(zeros.dtype),
+        lambda: zeros,
+    )
+    estimate = denoise(x_t, t_B, jax.lax.stop_gradient(self_condition))
+    return jnp.mean((x_0_BxNxD - estimate) ** 2, axis=(1, 2))

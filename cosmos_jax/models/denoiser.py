@@ -1,0 +1,166 @@
+"""The diffusion transformer that predicts clean latents (arXiv 2506.21170, section 4).
+
+Latents go in and out without projection or absolute position. Long additive skips join
+the first half of the blocks to the second, last in, first out. A source text, where the
+task has one, enters by cross-attention after an encoder made of the same blocks.
+
+Shape letters: B batch, N latents, S source positions, D width.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cosmos_jax.models.layers import Dtype, RMSNorm, SwiGLU, attend, linear, rotate, split_heads
+
+# Periods of the time features run from 2 pi to 2 pi times this; t itself stays in [0, 1].
+TIME_MAX_PERIOD = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of the denoiser; `condition_layers` = 0 makes it unconditional."""
+
+    width: int
+    num_heads: int
+    num_layers: int
+    condition_layers: int = 0
+    max_source_length: int = 0
+
+    @property
+    def conditional(self) -> bool:
+        return self.condition_layers > 0
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; `rotary` turns queries and keys by position."""
+
+    num_heads: int
+    rotary: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: jax.Array, context_BxSxD: jax.Array, mask_BxS: jax.Array | None
+    ) -> jax.Array:
+        width = x_BxTxD.shape[-1]
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            return split_heads(linear(width, width, dtype=self.dtype, name=name)(x), self.num_heads)
+
+        query, key = project(x_BxTxD, "query"), project(context_BxSxD, "key")
+        value = project(context_BxSxD, "value")
+        if self.rotary:
+            query, key = rotate(query), rotate(key)
+        out = attend(query, key, value, mask_BxS)
+        return linear(width, width, dtype=self.dtype, name="out")(out)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention if there is a condition, and MLP, each residual.
+
+    Cross-attention has no norm before it: the authors' code has none.
+    """
+
+    num_heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxT: jax.Array | None = None,
+        condition_BxSxD: jax.Array | None = None,
+        condition_mask_BxS: jax.Array | None = None,
+    ) -> jax.Array:
+        x = x_BxTxD
+        normed = RMSNorm(name="norm_attention")(x)
+        x = x + Attention(self.num_heads, True, self.dtype, name="attention")(
+            normed, normed, mask_BxT
+        )
+        if condition_BxSxD is not None:
+            x = x + Attention(self.num_heads, False, self.dtype, name="cross_attention")(
+                x, condition_BxSxD, condition_mask_BxS
+            )
+        return x + SwiGLU(self.dtype, name="mlp")(RMSNorm(name="norm_mlp")(x))
+
+
+class ConditionEncoder(nn.Module):
+    """Standardised states of the source text to the condition the denoiser attends to."""
+
+    config: DenoiserConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, states_BxSxD: jax.Array, mask_BxS: jax.Array) -> jax.Array:
+        config = self.config
+        x = states_BxSxD.astype(self.dtype)
+        for i in range(config.condition_layers):
+            x = Block(config.num_heads, self.dtype, name=f"layers_{i}")(x, mask_BxS)
+        x = RMSNorm(name="norm_out")(x.astype(jnp.float32))
+        positions_SxD = self.param(
+            "positions", nn.initializers.normal(1.0), (config.max_source_length, config.width)
+        )
+        return x + positions_SxD[: x.shape[1]]
+
+
+def time_features(t_B: jax.Array, width: int) -> jax.Array:
+    """Cosines, then sines, of t times `width`/2 frequencies from 1 down to 1/TIME_MAX_PERIOD."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(TIME_MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t_B[:, None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Denoiser(nn.Module):
+    """Predicts clean latents x_0 from noised ones."""
+
+    config: DenoiserConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t_BxNxD: jax.Array,
+        t_B: jax.Array,
+        self_condition_BxNxD: jax.Array,
+        condition_BxSxD: jax.Array | None = None,
+        condition_mask_BxS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns x_0 [B, N, D], fp32.
+
+        `t_B` is the diffusion time in [0, 1]; `self_condition_BxNxD` is an earlier estimate of
+        x_0, or zeros; the condition is what `ConditionEncoder` returned.
+        """
+        config, dtype = self.config, self.dtype
+        width = config.width
+        time_BxD = linear(2 * width, width, use_bias=True, dtype=dtype, name="time_up")(
+            time_features(t_B, width)
+        )
+        time_BxD = linear(width, 2 * width, use_bias=True, dtype=dtype, name="time_down")(
+            nn.silu(time_BxD)
+        )
+        x = x_t_BxNxD.astype(dtype)
+        estimate = self_condition_BxNxD.astype(dtype)
+        if condition_BxSxD is not None:
+            condition_BxSxD = condition_BxSxD.astype(dtype)
+        skips = []
+        for i in range(config.num_layers):
+            if i < config.num_layers // 2:
+                skips.append(x)
+            elif skips:
+                x = x + skips.pop()
+            time = linear(width, width, use_bias=True, dtype=dtype, name=f"time_{i}")(
+                nn.silu(time_BxD)
+            )
+            guess = linear(width, width, use_bias=True, dtype=dtype, name=f"self_condition_{i}")(
+                estimate
+            )
+            x = x + time[:, None] + guess
+            x = Block(config.num_heads, dtype, name=f"layers_{i}")(
+                x, None, condition_BxSxD, condition_mask_BxS
+            )
+        return RMSNorm(name="norm_out")(x.astype(jnp.float32))

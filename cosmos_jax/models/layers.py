@@ -1,0 +1,105 @@
+"""Layers shared by the autoencoder and the denoiser.
+
+Shape letters: B batch, T queries, S keys, H heads, K width of a head, D model width.
+Parameters are always fp32; `dtype` is the type of the matrix products. Norms and
+softmax are computed in fp32.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+NORM_EPS = 1e-5
+
+
+def linear(features: int, fan_in: int, *, dtype: Dtype, name: str, use_bias: bool = False) -> nn.Dense:
+    """A dense layer initialised as PyTorch does: uniform with bound 1/sqrt(fan_in).
+
+    The released models were trained from this initialisation, which has a third of the
+    variance of Flax's default.
+    """
+    bound = fan_in**-0.5
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+            key, shape, dtype, -bound, bound
+        ),
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / max(rms(x), eps) * gain over the last axis; eps bounds the rms from below."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gain = self.param("gain", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        rms = jnp.sqrt(jnp.mean(x32**2, axis=-1, keepdims=True))
+        return (x32 / jnp.maximum(rms, NORM_EPS) * gain).astype(x.dtype)
+
+
+def split_heads(x_BxTxD: jax.Array, num_heads: int) -> jax.Array:
+    """[B, T, H*K] -> [B, T, H, K]."""
+    return x_BxTxD.reshape(*x_BxTxD.shape[:-1], num_heads, -1)
+
+
+def attend(
+    query_BxTxHxK: jax.Array,
+    key_BxSxHxK: jax.Array,
+    value_BxSxHxK: jax.Array,
+    mask_BxS: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention with scale 1/sqrt(K); False in `mask_BxS` hides a key. [B, T, H*K]."""
+    mask = None if mask_BxS is None else mask_BxS[:, None, None, :]
+    out_BxTxHxK = jax.nn.dot_product_attention(
+        query_BxTxHxK, key_BxSxHxK, value_BxSxHxK, mask=mask
+    )
+    return out_BxTxHxK.reshape(*out_BxTxHxK.shape[:2], -1)
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, Dense to 4 D, exact GELU, dropout, Dense to D; the autoencoder's MLP."""
+
+    dropout: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        width = x.shape[-1]
+        x = nn.LayerNorm(epsilon=NORM_EPS, dtype=jnp.float32, name="norm")(x)
+        x = linear(4 * width, width, use_bias=True, dtype=self.dtype, name="up")(x)
+        x = nn.gelu(x, approximate=False)
+        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return linear(width, 4 * width, use_bias=True, dtype=self.dtype, name="down")(x)
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate(x)) * up(x)) of inner width 4 D without biases; the denoiser's MLP."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        gate = linear(4 * width, width, dtype=self.dtype, name="gate")(x)
+        up = linear(4 * width, width, dtype=self.dtype, name="up")(x)
+        return linear(width, 4 * width, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+
+
+def rotate(x_BxTxHxK: jax.Array, theta: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding of positions 0..T-1 in the half-rotation layout."""
+    length, width = x_BxTxHxK.shape[1], x_BxTxHxK.shape[-1]
+    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles_TxK = jnp.tile(jnp.outer(jnp.arange(length), frequencies), (1, 2))
+    cos, sin = jnp.cos(angles_TxK)[:, None], jnp.sin(angles_TxK)[:, None]
+    x32 = x_BxTxHxK.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x32 * cos + turned * sin).astype(x_BxTxHxK.dtype)

@@ -1,0 +1,152 @@
+"""The authors' checkpoints as tables of renames, and the parameters they become.
+
+A table lists (name in the PyTorch state dict, path in our parameters). PyTorch stores a
+dense kernel as [out, in] and ours are [in, out], so every path that ends in `kernel` is
+transposed; everything else is taken as it is. The compressor's and the decompressor's key
+and value projections are one matrix in the release, keys first.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from cosmos_jax.errors import UserError
+from cosmos_jax.models.autoencoder import AutoencoderConfig
+from cosmos_jax.models.denoiser import DenoiserConfig
+
+Tensors = Mapping[str, np.ndarray]
+Table = list[tuple[str, str]]
+
+BERT_PREFIX = "text_encoder."
+
+
+def _autoencoder_block(theirs: str, ours: str, *, gated: bool) -> Table:
+    attention = f"{theirs}.latent_attn"
+    table = [
+        (f"{attention}.norm_embeddings.gamma", f"{ours}/attention/norm_memory/gain"),
+        (f"{attention}.norm_latents.gamma", f"{ours}/attention/norm_queries/gain"),
+        (f"{attention}.embeddings_to_KV.weight#0", f"{ours}/attention/memory_key/kernel"),
+        (f"{attention}.embeddings_to_KV.weight#1", f"{ours}/attention/memory_value/kernel"),
+        (f"{attention}.latents_to_KV.weight#0", f"{ours}/attention/key/kernel"),
+        (f"{attention}.latents_to_KV.weight#1", f"{ours}/attention/value/kernel"),
+        (f"{attention}.latents_to_Q.weight", f"{ours}/attention/query/kernel"),
+        (f"{attention}.query_norm.gamma", f"{ours}/attention/norm_query_heads/gain"),
+        (f"{attention}.key_norm.gamma", f"{ours}/attention/norm_key_heads/gain"),
+        (f"{attention}.projector_latents.weight", f"{ours}/attention/out/kernel"),
+        *_feed_forward(f"{theirs}.ffn_latent", f"{ours}/mlp"),
+    ]
+    if gated:
+        table += _gate(f"{theirs}.attn_scale", f"{ours}/attention_gate")
+        table += _gate(f"{theirs}.ffn_scale", f"{ours}/mlp_gate")
+    return table
+
+
+def _feed_forward(theirs: str, ours: str) -> Table:
+    return [
+        (f"{theirs}.ffd.0.weight", f"{ours}/norm/scale"),
+        (f"{theirs}.ffd.0.bias", f"{ours}/norm/bias"),
+        *_dense(f"{theirs}.ffd.1", f"{ours}/up"),
+        *_dense(f"{theirs}.ffd.4", f"{ours}/down"),
+    ]
+
+
+def _gate(theirs: str, ours: str) -> Table:
+    return [
+        (f"{theirs}.scale_mlp.weight", f"{ours}/weight"),
+        (f"{theirs}.scale_mlp.bias", f"{ours}/bias"),
+    ]
+
+
+def _dense(theirs: str, ours: str) -> Table:
+    return [(f"{theirs}.weight", f"{ours}/kernel"), (f"{theirs}.bias", f"{ours}/bias")]
+
+
+def compressor_table(config: AutoencoderConfig) -> Table:
+    """`autoencoder.pth["encoder"]` without the text encoder."""
+    table = [
+        ("latents", "queries"),
+        ("latent_norm.gamma", "norm_queries/gain"),
+        ("positional_emb.emb.weight", "positions"),
+        ("output_norm.gamma", "norm_out/gain"),
+    ]
+    for i in range(config.num_layers):
+        table += _autoencoder_block(f"latent_layers.{i}", f"layers_{i}", gated=False)
+    return table
+
+
+def decompressor_table(config: AutoencoderConfig) -> Table:
+    """`autoencoder.pth["decoder"]` without the frozen word embeddings."""
+    table = [
+        ("positional_emb.emb.weight", "positions"),
+        *_feed_forward("embedding_ffn", "mask_mlp"),
+        *_gate("scale_embedding", "mask_gate"),
+        ("lm_head.weight", "head/kernel"),
+    ]
+    for i in range(config.num_layers):
+        table += _autoencoder_block(f"layers.{i}", f"layers_{i}", gated=True)
+    return table
+
+
+def _transformer_block(theirs: str, ours: str, *, cross_attention: bool) -> Table:
+    table = [
+        (f"{theirs}.norm_self_attn.gamma", f"{ours}/norm_attention/gain"),
+        (f"{theirs}.norm_mlp.gamma", f"{ours}/norm_mlp/gain"),
+    ]
+    kinds = {"self_attn": "attention", "cross_attn": "cross_attention"}
+    for kind in ("self_attn", "cross_attn") if cross_attention else ("self_attn",):
+        for their_name, our_name in (
+            ("query", "query"),
+            ("key", "key"),
+            ("value", "value"),
+            ("o_proj", "out"),
+        ):
+            path = f"{ours}/{kinds[kind]}/{our_name}/kernel"
+            table.append((f"{theirs}.{kind}.{their_name}.weight", path))
+    for name in ("gate", "up", "down"):
+        table.append((f"{theirs}.mlp.{name}_proj.weight", f"{ours}/mlp/{name}/kernel"))
+    return table
+
+
+def denoiser_table(config: DenoiserConfig) -> Table:
+    """`diffusion.pth["score_estimator"]` without the condition encoder."""
+    table = [*_dense("time_emb.0", "time_up"), *_dense("time_emb.2", "time_down")]
+    half = config.num_layers // 2
+    for i in range(config.num_layers):
+        side = f"encoder.input_blocks.{i}" if i < half else f"encoder.output_blocks.{i - half}"
+        table += _transformer_block(side, f"layers_{i}", cross_attention=config.conditional)
+        table += _dense(f"encoder.time_layers.{i}.1", f"time_{i}")
+        table += _dense(f"encoder.self_cond_layers.{i}", f"self_condition_{i}")
+    return [*table, ("encoder.output_norm.gamma", "norm_out/gain")]
+
+
+def condition_encoder_table(config: DenoiserConfig) -> Table:
+    """The condition encoder inside `diffusion.pth["score_estimator"]`."""
+    table = [
+        ("position_embeddings.weight", "positions"),
+        ("conditional_encoder.output_norm.gamma", "norm_out/gain"),
+    ]
+    for i in range(config.condition_layers):
+        table += _transformer_block(
+            f"conditional_encoder.blocks.{i}", f"layers_{i}", cross_attention=False
+        )
+    return table
+
+
+def convert(table: Table, tensors: Tensors, where: str) -> dict[str, Any]:
+    """Our parameters from their tensors; UserError if the checkpoint lacks one."""
+    params = {}
+    for theirs, ours in table:
+        name, _, half = theirs.partition("#")
+        if name not in tensors:
+            raise UserError(f"{where}: no tensor {name!r}; is this a checkpoint of Cosmos?")
+        value = np.asarray(tensors[name])
+        if half:
+            value = np.split(value, 2)[int(half)]
+        if ours.endswith("kernel"):
+            value = value.T
+        if ours.endswith(("gate/weight", "gate/bias")):
+            value = value.reshape(())
+        params[tuple(ours.split("/"))] = np.array(value, dtype=np.float32, order="C")
+    return unflatten_dict(params)
