@@ -254,4 +254,6 @@ def validate(config: ConfigDict) -> None:
     axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     require(axes.count(-1) <= 1, "mesh.data", "the only -1 among the axes of the mesh")
     for axis in ("data", "fsdp", "tensor"):
-        require(config.mesh[axis] == -1 or config.mesh[axis] >= 1, f"mesh.{axis}", "1 or more, or -1")
+        require(
+            config.mesh[axis] == -1 or config.mesh[axis] >= 1, f"mesh.{axis}", "1 or more, or -1"
+        )

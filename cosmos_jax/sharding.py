@@ -53,9 +53,7 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
             f"config.mesh uses {size} of {jax.device_count()} devices; "
             "a run of several processes must use all of them"
         )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:size]
-    )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:size])
 
 
 def abstract_mesh(config: Mapping[str, int], num_devices: int) -> AbstractMesh:
@@ -99,7 +97,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
     """UserError if a batch does not split evenly."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
-        raise UserError(f"config.{field} is {batch_size}, not a multiple of the mesh's {parts} parts")
+        raise UserError(
+            f"config.{field} is {batch_size}, not a multiple of the mesh's {parts} parts"
+        )
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

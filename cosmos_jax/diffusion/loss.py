@@ -2,8 +2,8 @@
 
     (1) L = mean over texts, latents and features of (x_0 - x_0_hat(x_t, t, c))^2
 
-c is the self-condition: with probability p for the whole batch, the estimate of a first
-pass that saw c = 0 and passes no gradient; zeros otherwise.
+c is the self-condition: for a share of the batches the estimate of a first pass that saw
+c = 0 and passes no gradient; zeros otherwise.
 """
 
 from collections.abc import Callable
@@ -22,21 +22,25 @@ def denoising_errors(
     denoise: Denoise,
     schedule: Schedule,
     x_0_BxNxD: jax.Array,
-    key: jax.Array,
+    keys_B: jax.Array,
     *,
-    self_condition_rate: float,
+    self_condition: bool | jax.Array,
 ) -> jax.Array:
-    """Equation (1) before the mean over texts: the mean squared error of each text, [B]."""
-    time_key, noise_key, self_condition_key = jax.random.split(key, 3)
-    t_B = time_sampling.uniform(time_key, x_0_BxNxD.shape[0])
-    eps = jax.random.normal(noise_key, x_0_BxNxD.shape)
+    """Equation (1) before the mean over texts: the mean squared error of each text, [B].
+
+    Each text has its own key, so that its time and noise do not depend on the batch around
+    it. `self_condition` says whether this batch makes the first pass.
+    """
+    time_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
+    t_B = time_sampling.uniform(time_keys)
+    eps = jax.vmap(lambda key: jax.random.normal(key, x_0_BxNxD.shape[1:]))(noise_keys)
     x_t = process.add_noise(schedule, x_0_BxNxD, t_B, eps)
     zeros = jnp.zeros_like(x_t)
     # Not jnp.where: a branch that is not taken costs nothing.
-    self_condition = jax.lax.cond(
-        jax.random.bernoulli(self_condition_key, self_condition_rate),
+    condition = jax.lax.cond(
+        self_condition,
         lambda: denoise(x_t, t_B, zeros).astype(zeros.dtype),
         lambda: zeros,
     )
-    estimate = denoise(x_t, t_B, jax.lax.stop_gradient(self_condition))
+    estimate = denoise(x_t, t_B, jax.lax.stop_gradient(condition))
     return jnp.mean((x_0_BxNxD - estimate) ** 2, axis=(1, 2))

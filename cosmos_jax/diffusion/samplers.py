@@ -117,6 +117,7 @@ def sample(
     if sampler not in SAMPLERS or answer not in ("mean", "x0"):
         raise ValueError(f"no sampler {sampler!r} with answer {answer!r}")
     step = SAMPLERS[sampler]
+
     def body(carry, i):
         x, c, _ = carry
         mean, scale, x_0 = step(denoise, schedule, x, c, times[i], times[i + 1])

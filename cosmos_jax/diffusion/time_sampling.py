@@ -6,6 +6,8 @@ import jax
 MIN_TRAINING_TIME = 1e-5
 
 
-def uniform(key: jax.Array, batch_size: int) -> jax.Array:
-    """t ~ U[MIN_TRAINING_TIME, 1], independently for each text; [B] fp32."""
-    return jax.random.uniform(key, (batch_size,), minval=MIN_TRAINING_TIME, maxval=1.0)
+def uniform(keys_B: jax.Array) -> jax.Array:
+    """t ~ U[MIN_TRAINING_TIME, 1] from the key of each text; [B] fp32."""
+    return jax.vmap(lambda key: jax.random.uniform(key, minval=MIN_TRAINING_TIME, maxval=1.0))(
+        keys_B
+    )
