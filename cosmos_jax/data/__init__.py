@@ -1,0 +1,1 @@
+"""From a named source of text to batches of token ids."""
