@@ -5,6 +5,7 @@ combination that cannot work is refused.
 """
 
 import json
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -162,7 +163,7 @@ FREE = (
 )
 
 
-def flatten(config: ConfigDict) -> dict[str, object]:
+def flatten(config: ConfigDict) -> dict[str, Any]:
     """{"diffusion.steps": 200000, ...}."""
     flat = {}
     for key, value in config.items():
@@ -251,9 +252,17 @@ def validate(config: ConfigDict) -> None:
         ("autoencoder.vocabulary", ("encoder", "corpus")),
     ):
         require(flatten(config)[field] in choices, field, "one of " + ", ".join(choices))
-    axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    require(axes.count(-1) <= 1, "mesh.data", "the only -1 among the axes of the mesh")
+    for stage in ("autoencoder", "diffusion"):
+        optimizer = config[stage].optimizer
+        for name in ("learning_rate", "eps", "clip_norm"):
+            require(optimizer[name] > 0, f"{stage}.optimizer.{name}", "positive")
+        for name in ("final_learning_rate", "warmup_steps", "warmup_from", "weight_decay"):
+            require(optimizer[name] >= 0, f"{stage}.optimizer.{name}", "0 or more")
+        for name in ("b1", "b2"):
+            require(0 <= optimizer[name] < 1, f"{stage}.optimizer.{name}", "from 0 to below 1")
+        require(0 <= config[stage].ema_decay < 1, f"{stage}.ema_decay", "from 0 to below 1")
     for axis in ("data", "fsdp", "tensor"):
-        require(
-            config.mesh[axis] == -1 or config.mesh[axis] >= 1, f"mesh.{axis}", "1 or more, or -1"
-        )
+        size = config.mesh[axis]
+        require(size == -1 or size >= 1, f"mesh.{axis}", "1 or more, or -1")
+    rest = [axis for axis in ("data", "fsdp", "tensor") if config.mesh[axis] == -1]
+    require(len(rest) <= 1, f"mesh.{rest[-1]}" if rest else "mesh", "1 or more: one -1 is enough")
