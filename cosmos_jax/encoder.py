@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,5 +227,5 @@ def _read_tokenizer(directory: Path) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = textwrap.shorten(str(error), width=200, placeholder="...")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -56,7 +56,9 @@ class MemoryAttention(nn.Module):
         memory = RMSNorm(name="norm_memory")(memory_BxMxD)
         # Attention does not depend on the order of its keys, so one order serves both stacks.
         key = jnp.concatenate([project(memory, "memory_key"), project(queries, "key")], axis=1)
-        value = jnp.concatenate([project(memory, "memory_value"), project(queries, "value")], axis=1)
+        value = jnp.concatenate(
+            [project(memory, "memory_value"), project(queries, "value")], axis=1
+        )
         query = RMSNorm(name="norm_query_heads")(project(queries, "query"))
         key = RMSNorm(name="norm_key_heads")(key)
         mask = None
@@ -176,5 +178,7 @@ class Decompressor(nn.Module):
             x_BxLxD = Block(config, gated=True, dtype=self.dtype, name=f"layers_{i}")(
                 x_BxLxD, memory_BxNxD, None, deterministic=deterministic
             )
-        logits_BxLxV = linear(config.vocab_size, config.width, dtype=self.dtype, name="head")(x_BxLxD)
+        logits_BxLxV = linear(config.vocab_size, config.width, dtype=self.dtype, name="head")(
+            x_BxLxD
+        )
         return x_BxLxD.astype(jnp.float32), logits_BxLxV.astype(jnp.float32)

@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from cosmos_jax.errors import UserError
+from cosmos_jax.models.layers import Dtype
 
 Params = dict[str, Any]
 
@@ -72,8 +73,7 @@ class BertConfig:
         positions = config.get("position_embedding_type") or "absolute"
         if positions != "absolute":
             raise UserError(
-                f"encoder config: position_embedding_type is {positions!r};"
-                " only 'absolute' will do"
+                f"encoder config: position_embedding_type is {positions!r}; only 'absolute' will do"
             )
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise UserError("encoder config: this BERT is a decoder; an encoder is needed")
@@ -105,7 +105,7 @@ def _layer_norm(config: BertConfig, name: str) -> nn.LayerNorm:
 
 class _Attention(nn.Module):
     config: BertConfig
-    dtype: jnp.dtype
+    dtype: Dtype
 
     @nn.compact
     def __call__(self, states_BxLxD: jax.Array, mask_BxL: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ class _Attention(nn.Module):
 
 class _Mlp(nn.Module):
     config: BertConfig
-    dtype: jnp.dtype
+    dtype: Dtype
 
     @nn.compact
     def __call__(self, states_BxLxD: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ class _Mlp(nn.Module):
 
 class _Layer(nn.Module):
     config: BertConfig
-    dtype: jnp.dtype
+    dtype: Dtype
 
     @nn.compact
     def __call__(self, states_BxLxD: jax.Array, mask_BxL: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ class Bert(nn.Module):
     """BERT encoder: no pooler, no dropout, token type 0 everywhere."""
 
     config: BertConfig
-    dtype: jnp.dtype = jnp.float32  # type: ignore[assignment]
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, ids_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:

@@ -22,13 +22,17 @@ TIME_MAX_PERIOD = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    """Sizes of the denoiser; `condition_layers` = 0 makes it unconditional."""
+    """Sizes of the denoiser; `condition_layers` = 0 makes it unconditional.
+
+    `mlp_width` is the inner width of the MLPs; 0 stands for 4 times the width.
+    """
 
     width: int
     num_heads: int
     num_layers: int
     condition_layers: int = 0
     max_source_length: int = 0
+    mlp_width: int = 0
 
     @property
     def conditional(self) -> bool:
@@ -65,7 +69,7 @@ class Block(nn.Module):
     Cross-attention has no norm before it: the authors' code has none.
     """
 
-    num_heads: int
+    config: DenoiserConfig
     dtype: Dtype
 
     @nn.compact
@@ -77,15 +81,15 @@ class Block(nn.Module):
         condition_mask_BxS: jax.Array | None = None,
     ) -> jax.Array:
         x = x_BxTxD
+        num_heads = self.config.num_heads
+        mlp_width = self.config.mlp_width or 4 * self.config.width
         normed = RMSNorm(name="norm_attention")(x)
-        x = x + Attention(self.num_heads, True, self.dtype, name="attention")(
-            normed, normed, mask_BxT
-        )
+        x = x + Attention(num_heads, True, self.dtype, name="attention")(normed, normed, mask_BxT)
         if condition_BxSxD is not None:
-            x = x + Attention(self.num_heads, False, self.dtype, name="cross_attention")(
+            x = x + Attention(num_heads, False, self.dtype, name="cross_attention")(
                 x, condition_BxSxD, condition_mask_BxS
             )
-        return x + SwiGLU(self.dtype, name="mlp")(RMSNorm(name="norm_mlp")(x))
+        return x + SwiGLU(mlp_width, self.dtype, name="mlp")(RMSNorm(name="norm_mlp")(x))
 
 
 class ConditionEncoder(nn.Module):
@@ -99,7 +103,7 @@ class ConditionEncoder(nn.Module):
         config = self.config
         x = states_BxSxD.astype(self.dtype)
         for i in range(config.condition_layers):
-            x = Block(config.num_heads, self.dtype, name=f"layers_{i}")(x, mask_BxS)
+            x = Block(config, self.dtype, name=f"layers_{i}")(x, mask_BxS)
         x = RMSNorm(name="norm_out")(x.astype(jnp.float32))
         positions_SxD = self.param(
             "positions", nn.initializers.normal(1.0), (config.max_source_length, config.width)
@@ -160,7 +164,7 @@ class Denoiser(nn.Module):
                 estimate
             )
             x = x + time[:, None] + guess
-            x = Block(config.num_heads, dtype, name=f"layers_{i}")(
+            x = Block(config, dtype, name=f"layers_{i}")(
                 x, None, condition_BxSxD, condition_mask_BxS
             )
         return RMSNorm(name="norm_out")(x.astype(jnp.float32))

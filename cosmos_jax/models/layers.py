@@ -13,9 +13,12 @@ import jax.numpy as jnp
 
 Dtype = Any
 NORM_EPS = 1e-5
+ROPE_THETA = 10_000.0
 
 
-def linear(features: int, fan_in: int, *, dtype: Dtype, name: str, use_bias: bool = False) -> nn.Dense:
+def linear(
+    features: int, fan_in: int, *, dtype: Dtype, name: str, use_bias: bool = False
+) -> nn.Dense:
     """A dense layer initialised as PyTorch does: uniform with bound 1/sqrt(fan_in).
 
     The released models were trained from this initialisation, which has a third of the
@@ -58,9 +61,7 @@ def attend(
 ) -> jax.Array:
     """Softmax attention with scale 1/sqrt(K); False in `mask_BxS` hides a key. [B, T, H*K]."""
     mask = None if mask_BxS is None else mask_BxS[:, None, None, :]
-    out_BxTxHxK = jax.nn.dot_product_attention(
-        query_BxTxHxK, key_BxSxHxK, value_BxSxHxK, mask=mask
-    )
+    out_BxTxHxK = jax.nn.dot_product_attention(query_BxTxHxK, key_BxSxHxK, value_BxSxHxK, mask=mask)
     return out_BxTxHxK.reshape(*out_BxTxHxK.shape[:2], -1)
 
 
@@ -73,7 +74,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
         width = x.shape[-1]
-        x = nn.LayerNorm(epsilon=NORM_EPS, dtype=jnp.float32, name="norm")(x)
+        # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
+        x = nn.LayerNorm(epsilon=NORM_EPS, dtype=jnp.float32, use_fast_variance=False, name="norm")(
+            x
+        )
         x = linear(4 * width, width, use_bias=True, dtype=self.dtype, name="up")(x)
         x = nn.gelu(x, approximate=False)
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
@@ -81,22 +85,23 @@ class FeedForward(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) * up(x)) of inner width 4 D without biases; the denoiser's MLP."""
+    """down(SiLU(gate(x)) * up(x)) without biases; the denoiser's MLP."""
 
+    inner_width: int
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        gate = linear(4 * width, width, dtype=self.dtype, name="gate")(x)
-        up = linear(4 * width, width, dtype=self.dtype, name="up")(x)
-        return linear(width, 4 * width, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+        gate = linear(self.inner_width, width, dtype=self.dtype, name="gate")(x)
+        up = linear(self.inner_width, width, dtype=self.dtype, name="up")(x)
+        return linear(width, self.inner_width, dtype=self.dtype, name="down")(nn.silu(gate) * up)
 
 
-def rotate(x_BxTxHxK: jax.Array, theta: float = 10_000.0) -> jax.Array:
+def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
     """Rotary position embedding of positions 0..T-1 in the half-rotation layout."""
     length, width = x_BxTxHxK.shape[1], x_BxTxHxK.shape[-1]
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    frequencies = ROPE_THETA ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles_TxK = jnp.tile(jnp.outer(jnp.arange(length), frequencies), (1, 2))
     cos, sin = jnp.cos(angles_TxK)[:, None], jnp.sin(angles_TxK)[:, None]
     x32 = x_BxTxHxK.astype(jnp.float32)

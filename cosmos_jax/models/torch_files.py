@@ -14,7 +14,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -189,7 +189,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 # The Python class and not its twin in C: only there can an opcode be given another meaning.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Unpickler(pickle._Unpickler):
+    stack: list[Any]
+
     def __init__(self, archive: zipfile.ZipFile, folder: str, path: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")), encoding="utf-8")
         self._archive = archive
@@ -227,4 +229,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
                 f".{kind.__qualname__}; only plain containers and tensors are read"
             )
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+    }

@@ -134,6 +134,31 @@ def condition_encoder_table(config: DenoiserConfig) -> Table:
     return table
 
 
+def ema_weights(checkpoint: Mapping[str, Any], where: str) -> Tensors:
+    """The tensors of `score_estimator` in `diffusion.pth` with their exponential moving averages.
+
+    The averages are a list in the order of the parameters, which is that of the state dict
+    without its buffers; of all its entries only buffers hold integers.
+
+    Raises:
+      UserError: not a diffusion checkpoint, or the averages do not fit its parameters.
+    """
+    try:
+        tensors = checkpoint["score_estimator"]
+        averages = checkpoint["ema"]["shadow_params"]
+        names = [name for name, value in tensors.items() if value.dtype.kind not in "iub"]
+        shapes = [tensors[name].shape for name in names]
+        fits = shapes == [average.shape for average in averages]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: is not a diffusion checkpoint of Cosmos") from error
+    if not fits:
+        raise UserError(
+            f"{where}: the {len(averages)} averages of its 'ema' do not fit the"
+            f" {len(names)} parameters of its 'score_estimator'"
+        )
+    return {**tensors, **dict(zip(names, averages, strict=True))}
+
+
 def convert(table: Table, tensors: Tensors, where: str) -> dict[str, Any]:
     """Our parameters from their tensors; UserError if the checkpoint lacks one."""
     params = {}
