@@ -4,6 +4,7 @@ Files in `configs/` call `base()` and change what their task needs. `validate` i
 combination that cannot work is refused.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -50,9 +51,9 @@ def base() -> ConfigDict:
     config.data.directory = ""  # where TFDS keeps prepared data; empty: TFDS's own default
     config.data.max_length = 128  # tokens of a text, [CLS] and [SEP] included
     config.data.max_source_length = 512
-    # Keep the frozen encoder's states of all training texts on disk (fp16, in the workdir).
-    # Pays where a small data set is read many times.
-    config.data.cache_states = False
+    # Compute the frozen part of each stage once for all training texts and keep it on disk
+    # (fp16, in the workdir) while the stage trains. Pays where small data is read many times.
+    config.data.cache_features = False
 
     ae = config.autoencoder = ConfigDict()
     ae.steps = 100_000
@@ -131,7 +132,9 @@ def _optimizer(*, final_learning_rate: float, clip_norm: float) -> ConfigDict:
 
 
 def _intervals(stage: ConfigDict) -> None:
-    """Steps between log lines, evaluations and checkpoints."""
+    """Steps between log lines, evaluations and checkpoints; parts of a batch."""
+    # A batch is computed in this many parts, one after the other, to save memory.
+    stage.accumulate = 1
     stage.log_every = 50
     stage.evaluate_every = 5_000
     stage.checkpoint_every = 1_000
@@ -141,7 +144,6 @@ def _intervals(stage: ConfigDict) -> None:
 # Fields that a run may change after it has begun: what it has trained stays usable.
 FREE = (
     "data.directory",
-    "data.cache_states",
     "autoencoder.steps",
     "autoencoder.log_every",
     "autoencoder.evaluate_every",
@@ -180,6 +182,19 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     return ConfigDict(json.loads(text))
+
+
+def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
+    """The config with what the files say: the encoder's sizes and whether texts have sources.
+
+    `encoder` is a `BertConfig`. UserError if the sizes found do not go with the other fields.
+    """
+    resolved = ConfigDict(config.to_dict())
+    for field in dataclasses.fields(encoder):
+        resolved.encoder[field.name] = getattr(encoder, field.name)
+    resolved.data.conditional = conditional
+    validate(resolved)
+    return resolved
 
 
 def conflict(recorded: ConfigDict, asked: ConfigDict) -> str:

@@ -68,8 +68,8 @@ def load(name: str) -> TextEncoder:
       UserError: the files cannot be found or read, are damaged, or do not belong together.
     """
     directory = _locate(name, weights=True)
-    tokenizer = _read_tokenizer(directory)
     config = BertConfig.from_huggingface(_read_json(directory / "config.json"))
+    tokenizer = _read_tokenizer(directory)
     last_id = max(tokenizer.get_vocab().values())
     if last_id >= config.vocab_size:
         raise UserError(

@@ -106,7 +106,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """This process's share of a batch, as one global array per field."""
     sharding = batch_layout(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, value)
+        name: jax.make_array_from_process_local_data(
+            sharding, value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+        )
         for name, value in batch.items()
     }
 
@@ -124,3 +126,10 @@ def bytes_per_device(tree: Any, mesh: AbstractMesh) -> int:
             jax.tree.leaves(tree), jax.tree.leaves(layout(tree, mesh)), strict=True
         )
     )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> slice:
+    """The rows of a global batch that this process must load."""
+    rows = batch_layout(mesh).addressable_devices_indices_map((batch_size,)).values()
+    slices = [index[0].indices(batch_size) for index in rows]
+    return slice(min(s[0] for s in slices), max(s[1] for s in slices))

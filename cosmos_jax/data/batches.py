@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from absl import logging
 
 from cosmos_jax.data import tokens
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +109,7 @@ class _Tokenized:
     def _count(self, what: str, so_far: int, cut_B: np.ndarray, limit: int) -> int:
         now = int(cut_B.sum())
         if now and not so_far:
-            logging.info("A %s is longer than %d tokens: cut, as all such will be.", what, limit)
+            logger.info("A %s is longer than %d tokens: cut, as all such will be.", what, limit)
         return so_far + now
 
 

@@ -1,0 +1,140 @@
+"""`--stage=describe`: sizes and costs of a config from shapes alone; nothing is allocated."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cosmos_jax import optimizer, sharding
+from cosmos_jax.models import cosmos
+from cosmos_jax.stages import autoencoder, diffusion
+from cosmos_jax.stages.base import Stage
+from cosmos_jax.train import init_state
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """Parameters of each part, floating-point operations, bytes on each device.
+
+    FLOPs are XLA's count of the forward passes (2 per multiply-add); a backward pass counts as
+    two forward passes. Bytes are those of weights and training state, not of activations.
+    With `autoencoder.vocabulary` "corpus" the head is smaller than is said here.
+    """
+    model = cosmos.build(config, config.encoder.vocab_size)
+    shapes = _shapes(config, model)
+    num_devices = math.prod(config.mesh[axis] for axis in sharding.AXES)
+    if num_devices < 1:  # one axis is -1: what is left of the devices here
+        num_devices = jax.device_count()
+    mesh = sharding.abstract_mesh(config.mesh, num_devices)
+    stages = {
+        "autoencoder": autoencoder.make(config, model, {}, {}, ""),
+        "diffusion": diffusion.make(config, model, {}, {}, "", 0),
+    }
+    flops = _flops(config, model, shapes)
+    return {
+        "parameters": {
+            "text_encoder_frozen": _count(shapes["bert"]),
+            **{part: _count(shapes[part]) for part in _trained(shapes)},
+        },
+        "flops": flops,
+        "mesh": dict(
+            zip(sharding.AXES, sharding.mesh_shape(config.mesh, num_devices), strict=True)
+        ),
+        "bytes_per_device": {
+            "text_encoder_frozen": sharding.bytes_per_device(shapes["bert"], mesh),
+            **{name: _state_bytes(stage, mesh) for name, stage in stages.items()},
+        },
+    }
+
+
+def _trained(shapes: dict[str, Any]) -> list[str]:
+    return [
+        part
+        for part in ("compressor", "decompressor", "denoiser", "condition_encoder")
+        if part in shapes
+    ]
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _state_bytes(stage: Stage, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+    """Bytes of parameters, averaged parameters and optimiser state."""
+    transform = optimizer.make(stage.settings.optimizer, max(1, stage.settings.steps))
+    state = jax.eval_shape(lambda key: init_state(stage, transform, key), jax.random.key(0))
+    trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
+    return {name: sharding.bytes_per_device(tree, mesh) for name, tree in trees.items()}
+
+
+def _inputs(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what enters the modules, for one text."""
+    length, source = config.data.max_length, config.data.max_source_length
+    width, latents = config.encoder.hidden_size, config.autoencoder.num_latents
+
+    def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *dims), dtype)
+
+    return {
+        "ids": shape(length, dtype=jnp.int32),
+        "mask": shape(length, dtype=jnp.bool_),
+        "states": shape(length, width),
+        "latents": shape(latents, width),
+        "mask_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
+        "t": shape(),
+        "source_ids": shape(source, dtype=jnp.int32),
+        "source_mask": shape(source, dtype=jnp.bool_),
+        "source_states": shape(source, width),
+    }
+
+
+def _calls(config: ConfigDict, model: cosmos.Cosmos) -> dict[str, tuple[Any, list[Any]]]:
+    """Name of each forward pass -> module and shapes of its inputs."""
+    x = _inputs(config)
+    calls = {
+        "bert": (model.bert, [x["ids"], x["mask"]]),
+        "compressor": (model.compressor, [x["states"], x["mask"]]),
+        "decompressor": (model.decompressor, [x["latents"], x["mask_embedding"]]),
+        "denoiser": (model.denoiser, [x["latents"], x["t"], x["latents"]]),
+    }
+    if model.conditional:
+        calls["denoiser"][1].extend([x["source_states"], x["source_mask"]])
+        calls["condition_encoder"] = (
+            model.condition_encoder,
+            [x["source_states"], x["source_mask"]],
+        )
+        calls["bert_on_source"] = (model.bert, [x["source_ids"], x["source_mask"]])
+    return calls
+
+
+def _shapes(config: ConfigDict, model: cosmos.Cosmos) -> dict[str, Any]:
+    """Parameters of every module as shapes."""
+    return {
+        name: jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+        for name, (module, inputs) in _calls(config, model).items()
+    }
+
+
+def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> dict[str, float]:
+    forward = {
+        name: jax.jit(module.apply)
+        .lower({"params": shapes[name]}, *inputs)
+        .cost_analysis()["flops"]
+        for name, (module, inputs) in _calls(config, model).items()
+    }
+    settings = config.diffusion
+    encode = forward["compressor"] + forward["decompressor"]
+    # One pass forward, two back, and the first pass of self-conditioning.
+    denoise = forward["denoiser"] * (3 + settings.self_condition_rate)
+    per_source = forward.get("bert_on_source", 0) + forward.get("condition_encoder", 0)
+    train_source = forward.get("bert_on_source", 0) + 3 * forward.get("condition_encoder", 0)
+    evaluations = settings.num_sampling_steps * (2 if settings.sampler == "heun" else 1)
+    if model.conditional and settings.guidance != 1:
+        evaluations *= 2
+    return {
+        "autoencoder_training_step": config.autoencoder.batch_size * (forward["bert"] + 3 * encode),
+        "diffusion_training_step": settings.batch_size
+        * (forward["bert"] + forward["compressor"] + train_source + denoise),
+        "generated_text": per_source + evaluations * forward["denoiser"] + forward["decompressor"],
+    }

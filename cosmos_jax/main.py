@@ -1,0 +1,109 @@
+"""Runs the stages of Cosmos on one config; every stage goes on where it stopped.
+
+python -m cosmos_jax.main --config=configs/summarize.py --workdir=runs/xsum
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from cosmos_jax import config as config_lib
+from cosmos_jax import distributed
+from cosmos_jax.errors import UserError
+
+STAGES = ("all", "autoencoder", "diffusion", "generate", "evaluate", "describe")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default runs/NAME of the config."
+)
+_STAGE = flags.DEFINE_enum("stage", "all", STAGES, "What to do; all: every stage in order.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "host:port of the first of several processes, where it is not detected."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes, with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, with --coordinator.")
+flags.mark_flag_as_required("config")
+
+
+logger = logging.getLogger("cosmos_jax")
+
+
+def open_run(config: ConfigDict, workdir: Path):
+    """Loads what the config names, data first; UserError if any of it will not do."""
+    from cosmos_jax import encoder, sharding
+    from cosmos_jax.data import sources
+    from cosmos_jax.run import Run
+
+    mesh = sharding.make_mesh(config.mesh)
+    dataset = sources.load(config.data.source, config.data.directory)
+    text_encoder = encoder.load(config.encoder.name)
+    config = config_lib.resolve(config, text_encoder.config, dataset.conditional)
+    return Run(config, workdir, mesh, text_encoder, dataset)
+
+
+def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
+    """Trains, generates and evaluates; `stage` is one of STAGES but describe.
+
+    Raises:
+      UserError: something the user can mend.
+      distributed.Preempted: SIGTERM came; the same call goes on from there.
+    """
+    from cosmos_jax import evaluate, generate, pipeline, results
+    from cosmos_jax.workdir import claim, locked
+
+    run = open_run(config, workdir)
+    wanted = STAGES[1:-1] if stage == "all" else (stage,)
+    with locked(workdir):
+        claim(workdir, run.config)
+        for name in wanted:
+            if name in pipeline.STAGES:
+                pipeline.train_stage(run, name)
+            elif name == "generate":
+                generate.generate(run)
+            else:
+                evaluate.evaluate(run)
+        if "evaluate" in wanted and distributed.is_first():
+            print(results.table(run))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    config = _CONFIG.value
+    config_lib.validate(config)
+    if _STAGE.value == "describe":
+        from cosmos_jax.describe import describe
+
+        print(json.dumps(describe(config)))
+        return
+    name = Path(flags.FLAGS["config"].config_filename).stem
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    run_stages(config, Path(_WORKDIR.value or f"runs/{name}").absolute(), _STAGE.value)
+
+
+def cli() -> None:
+    """`main` with absl's flags, errors as one line and exit status 2."""
+    # This package speaks for itself; the libraries under it only if something is wrong.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        app.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except distributed.Preempted as stopped:
+        logger.info("stopped on request: %s; run the same command to continue", stopped)
+
+
+if __name__ == "__main__":
+    cli()

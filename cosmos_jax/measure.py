@@ -1,0 +1,102 @@
+"""What is measured on the training texts before a stage begins, and saved with it.
+
+Means and variances are taken over `statistics_texts` texts in the order of training, so the
+cost does not grow with the data; the vocabulary of a corpus needs all of it.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cosmos_jax import distributed, metrics, sharding
+from cosmos_jax.data import tokens
+from cosmos_jax.data.batches import prefetch
+from cosmos_jax.models.cosmos import MIN_VARIANCE, Cosmos, Weights
+from cosmos_jax.run import Run
+
+logger = logging.getLogger(__name__)
+
+Statistics = dict[str, np.ndarray]
+
+
+def vocabulary(run: Run) -> np.ndarray:
+    """Token ids that the decompressor's head can say, ascending, [V] int32.
+
+    All of the encoder's, or with "corpus" those of the training texts; [UNK] always.
+    """
+    if run.config.autoencoder.vocabulary == "encoder":
+        return np.arange(run.config.encoder.vocab_size, dtype=np.int32)
+    batch_size = 1_024
+    rows, length = run.dataset.train, run.config.data.max_length
+    used = np.zeros(run.config.encoder.vocab_size, bool)
+    used[run.encoder.tokenizer.unk_token_id] = True
+    active = distributed.is_first()
+    with metrics.progress(len(rows), "vocabulary", unit="text", active=active) as bar:
+        for start in range(0, len(rows), batch_size):
+            texts = [rows[i].text for i in range(start, min(start + batch_size, len(rows)))]
+            encoded = tokens.encode(run.encoder.tokenizer, texts, length)
+            used[encoded.ids_BxL[encoded.mask_BxL]] = True
+            bar.update(len(texts))
+    ids = np.flatnonzero(used).astype(np.int32)
+    logger.info("the head can say the %d tokens of the training texts", len(ids))
+    return ids
+
+
+def states(run: Run, model: Cosmos, weights: Weights) -> Statistics:
+    """Mean and deviation of the encoder's states over non-pad tokens: states_* [D]."""
+    identity = {"states_mean": np.float32(0), "states_std": np.float32(1)}
+
+    def moments(weights, batch):
+        states_BxLxD = model.text_states({**weights, **identity}, batch["ids"], batch["mask"])
+        weight_BxLx1 = batch["mask"][..., None].astype(jnp.float32)
+        return (
+            jnp.sum(states_BxLxD * weight_BxLx1, axis=(0, 1)),
+            jnp.sum(states_BxLxD**2 * weight_BxLx1, axis=(0, 1)),
+            jnp.sum(weight_BxLx1),
+        )
+
+    mean, std = _mean_and_std(run, "autoencoder", moments, weights)
+    return {"states_mean": mean, "states_std": std}
+
+
+def latents(run: Run, model: Cosmos, weights: Weights) -> Statistics:
+    """Mean and deviation of the latents per slot and feature: latents_* [N, D]."""
+
+    def moments(weights, batch):
+        states_BxLxD = model.text_states(weights, batch["ids"], batch["mask"])
+        latents_BxNxD = model.compress(weights, states_BxLxD, batch["mask"])
+        return (
+            jnp.sum(latents_BxNxD, axis=0),
+            jnp.sum(latents_BxNxD**2, axis=0),
+            jnp.float32(latents_BxNxD.shape[0]),
+        )
+
+    mean, std = _mean_and_std(run, "diffusion", moments, weights)
+    return {"latents_mean": mean, "latents_std": std}
+
+
+def _mean_and_std(
+    run: Run, stage: str, moments: Callable, weights: Weights
+) -> tuple[np.ndarray, np.ndarray]:
+    """From sums (of x, of x^2, of weights) per batch, added up on the host in fp64."""
+    settings = run.config[stage]
+    load = run.training_batches(settings.batch_size, f"{stage}/statistics")
+    num_texts = min(settings.statistics_texts, len(run.dataset.train))
+    steps = range(max(1, num_texts // settings.batch_size))
+    total: list[np.ndarray] = [np.float64(0), np.float64(0), np.float64(0)]
+    compiled = jax.jit(moments)
+    bar = metrics.progress(len(steps), f"{stage}: statistics", active=distributed.is_first())
+    with contextlib.closing(prefetch(load, steps)) as batches, bar:
+        for _, batch in batches:
+            sums = jax.device_get(compiled(weights, sharding.put_batch(batch, run.mesh)))
+            total = [t + s.astype(np.float64) for t, s in zip(total, sums, strict=True)]
+            bar.update()
+            if distributed.preempted():
+                raise distributed.Preempted(f"{stage}: nothing to save yet")
+    mean = total[0] / total[2]
+    variance = np.maximum(total[1] / total[2] - mean**2, MIN_VARIANCE)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)

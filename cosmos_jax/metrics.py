@@ -1,0 +1,115 @@
+"""What a run reports while it works: metrics.jsonl, TensorBoard files, a progress bar."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, float]
+
+
+class MetricWriter:
+    """Appends to `metrics.jsonl`, one object a line, and to TensorBoard if that is installed.
+
+    A line holds `stage`, `step` and values that are the same whenever the run is repeated;
+    rates and times are not, and go to the progress bar alone.
+    """
+
+    def __init__(self, workdir: Path, stage: str, step: int, *, active: bool = True) -> None:
+        """`step` is where the run continues: later lines of the stage are taken back."""
+        self._stage = stage
+        self._active = active
+        self._tensorboard = None
+        if not active:
+            return
+        path = workdir / "metrics.jsonl"
+        _forget(path, stage, step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = _tensorboard(workdir / "tensorboard" / stage)
+
+    def write(self, step: int, values: Values) -> None:
+        if not self._active:
+            return
+        self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.write_scalars(step, values)
+
+    def sync(self) -> None:
+        """Puts all lines on disk; a checkpoint must not be newer than they are."""
+        if self._active:
+            os.fsync(self._file.fileno())
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self.sync()
+            self._file.close()
+
+
+def read(workdir: Path, stage: str = "") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of one stage or of all; a line cut off by a kill is left out."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not stage or entry["stage"] == stage:
+            lines.append(entry)
+    return lines
+
+
+def _forget(path: Path, stage: str, step: int) -> None:
+    """Takes back lines of the stage after `step`: what they report will be computed again."""
+    from cosmos_jax.workdir import write_text
+
+    if path.exists():
+        entries = read(path.parent)
+        kept = [e for e in entries if e["stage"] != stage or e["step"] <= step]
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _tensorboard(directory: Path):
+    try:
+        from clu import metric_writers
+    except ImportError:  # clu's writers need TensorFlow
+        logger.info("TensorFlow is not installed: no TensorBoard files, metrics.jsonl has it all")
+        return None
+    return metric_writers.SummaryWriter(str(directory))
+
+
+def progress(
+    total: int, name: str, *, start: int = 0, unit: str = "step", active: bool = True
+) -> tqdm:
+    """A bar with count, rate and time left; on a terminal it moves, in a log it is a line a while."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=name,
+        unit=unit,
+        disable=not active,
+        dynamic_ncols=terminal,
+        mininterval=0.5 if terminal else 15,
+        file=sys.stderr,
+    )
+
+
+def counted(items: Iterator[Any], bar: tqdm) -> Iterator[Any]:
+    """The items, moving the bar by one for each."""
+    with bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -1,0 +1,129 @@
+"""The whole model as pure functions of one dictionary of weights.
+
+`Cosmos` holds modules, which carry no arrays; every method takes the `weights` it needs:
+
+    bert, mask_embedding [D]             the frozen text encoder
+    states_mean, states_std [D]          standardise its states
+    compressor, decompressor             the autoencoder
+    vocabulary [V]                       token id of each row of the decompressor's head
+    head_index [encoder's vocabulary]    the inverse; tokens without a row have that of [UNK]
+    latents_mean, latents_std [N, D]     standardise the latents
+    denoiser, condition_encoder          the diffusion transformer
+    no_source_states [S, D], no_source_mask [S]   the empty source, standardised
+
+Shape letters: B batch, L text positions, S source positions, N latents, D width, V head rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cosmos_jax.models.autoencoder import AutoencoderConfig, Compressor, Decompressor
+from cosmos_jax.models.bert import Bert, BertConfig
+from cosmos_jax.models.denoiser import ConditionEncoder, Denoiser, DenoiserConfig
+
+Weights = dict[str, Any]
+
+# Variances of states and latents are at least this, so that a dead feature is not blown up.
+MIN_VARIANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosmos:
+    """The modules of one configuration."""
+
+    bert: Bert
+    compressor: Compressor
+    decompressor: Decompressor
+    denoiser: Denoiser
+    condition_encoder: ConditionEncoder
+
+    @property
+    def conditional(self) -> bool:
+        return self.denoiser.config.conditional
+
+    def text_states(self, weights: Weights, ids_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
+        """Standardised states of the frozen encoder, [B, L, D] fp32."""
+        states = self.bert.apply({"params": weights["bert"]}, ids_BxL, mask_BxL)
+        return (states - weights["states_mean"]) / weights["states_std"]
+
+    def compress(self, weights: Weights, states_BxLxD: jax.Array, mask_BxL: jax.Array) -> jax.Array:
+        """Latents, [B, N, D] fp32, as the decompressor reads them."""
+        return self.compressor.apply({"params": weights["compressor"]}, states_BxLxD, mask_BxL)
+
+    def decompress(self, weights: Weights, latents_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Predicted standardised states [B, L, D] and logits over head rows [B, L, V]."""
+        return self.decompressor.apply(
+            {"params": weights["decompressor"]}, latents_BxNxD, weights["mask_embedding"]
+        )
+
+    def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
+        """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
+        _, logits_BxLxV = self.decompress(weights, latents_BxNxD)
+        return weights["vocabulary"][jnp.argmax(logits_BxLxV, axis=-1)]
+
+    def standardise(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
+        """Latents as the diffusion sees them."""
+        return (latents_BxNxD - weights["latents_mean"]) / weights["latents_std"]
+
+    def unstandardise(self, weights: Weights, x_0_BxNxD: jax.Array) -> jax.Array:
+        return x_0_BxNxD * weights["latents_std"] + weights["latents_mean"]
+
+    def encode_condition(
+        self, weights: Weights, source_states_BxSxD: jax.Array, source_mask_BxS: jax.Array
+    ) -> jax.Array:
+        """What the denoiser attends to, [B, S, D] fp32."""
+        return self.condition_encoder.apply(
+            {"params": weights["condition_encoder"]}, source_states_BxSxD, source_mask_BxS
+        )
+
+    def denoise(self, weights: Weights, *inputs: jax.Array | None) -> jax.Array:
+        """`Denoiser.__call__`."""
+        return self.denoiser.apply({"params": weights["denoiser"]}, *inputs)
+
+
+def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
+    """The modules for a configuration; `vocabulary_size` is the number of rows of the head."""
+    dtype = jnp.dtype(config.dtype)
+    encoder = config.encoder
+    bert = BertConfig(
+        **{
+            field.name: encoder[field.name]
+            for field in dataclasses.fields(BertConfig)
+            if field.name in encoder
+        }
+    )
+    autoencoder = AutoencoderConfig(
+        width=encoder.hidden_size,
+        num_heads=config.autoencoder.num_heads,
+        num_layers=config.autoencoder.num_layers,
+        num_latents=config.autoencoder.num_latents,
+        max_length=config.data.max_length,
+        vocab_size=vocabulary_size,
+        dropout=config.autoencoder.dropout,
+    )
+    denoiser = DenoiserConfig(
+        width=encoder.hidden_size,
+        num_heads=config.diffusion.num_heads,
+        num_layers=config.diffusion.num_layers,
+        condition_layers=config.diffusion.condition_layers if config.data.conditional else 0,
+        max_source_length=config.data.max_source_length if config.data.conditional else 0,
+    )
+    return Cosmos(
+        Bert(bert, dtype),
+        Compressor(autoencoder, dtype),
+        Decompressor(autoencoder, dtype),
+        Denoiser(denoiser, dtype),
+        ConditionEncoder(denoiser, dtype),
+    )
+
+
+def inverse_vocabulary(vocabulary_V: np.ndarray, encoder_size: int, unknown: int) -> np.ndarray:
+    """`head_index` of a `vocabulary`: row of each token id, that of `unknown` if it has none."""
+    index = np.full(encoder_size, np.flatnonzero(vocabulary_V == unknown)[0], np.int32)
+    index[vocabulary_V] = np.arange(len(vocabulary_V), dtype=np.int32)
+    return index

@@ -1,0 +1,109 @@
+"""From a run to its stages: what each is given of what the one before it left."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from cosmos_jax import feature_cache, measure, trained
+from cosmos_jax.data.batches import Batch
+from cosmos_jax.errors import UserError
+from cosmos_jax.models import cosmos
+from cosmos_jax.models.cosmos import Cosmos, Weights
+from cosmos_jax.run import Run
+from cosmos_jax.sharding import check_batch_size
+from cosmos_jax.stages import autoencoder, diffusion
+from cosmos_jax.stages.base import Stage
+from cosmos_jax.train import train
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("autoencoder", "diffusion")
+
+
+def autoencoder_directory(run: Run) -> Path:
+    """Where the autoencoder's checkpoints are: this workdir, or the one it is taken from."""
+    workdir = Path(run.config.autoencoder.pretrained or run.workdir)
+    return workdir / "autoencoder"
+
+
+def autoencoder_stage(run: Run) -> tuple[Cosmos, Stage]:
+    """The model and stage one, with statistics from its folder or measured now."""
+    directory = autoencoder_directory(run)
+    statistics = trained.statistics(directory)
+    frozen = trained.encoder_weights(run)
+    if statistics is None:
+        if run.config.autoencoder.pretrained:
+            raise UserError(
+                f"config.autoencoder.pretrained: {directory} holds no checkpoint; "
+                "give the workdir of a run whose autoencoder is trained"
+            )
+        vocabulary = measure.vocabulary(run)
+        model = cosmos.build(run.config, len(vocabulary))
+        statistics = {"vocabulary": vocabulary, **measure.states(run, model, frozen)}
+    model = cosmos.build(run.config, len(statistics["vocabulary"]))
+    frozen = {**frozen, **trained.place_statistics(run, statistics)}
+    stage = autoencoder.make(run.config, model, frozen, statistics, run.dataset.fingerprint)
+    return model, stage
+
+
+def diffusion_stage(run: Run) -> tuple[Cosmos, Stage, Weights]:
+    """The model, stage two, and the weights of stage one, which must be finished."""
+    model, first = autoencoder_stage(run)
+    directory = autoencoder_directory(run)
+    step = _require_finished(run, "autoencoder", directory)
+    weights = {**first.frozen, **trained.parameters(first, run, directory)}
+    if model.conditional:
+        weights |= trained.no_source(run, model, weights)
+    statistics = trained.statistics(run.workdir / "diffusion")
+    if statistics is None:
+        statistics = measure.latents(run, model, weights)
+    weights |= trained.place_statistics(run, statistics)
+    frozen = {name: value for name, value in weights.items() if name != "decompressor"}
+    stage = diffusion.make(run.config, model, frozen, statistics, run.dataset.fingerprint, step)
+    return model, stage, weights
+
+
+def all_weights(run: Run) -> tuple[Cosmos, Stage, Weights]:
+    """The model, stage two and the weights of both stages, which must be finished."""
+    model, stage, weights = diffusion_stage(run)
+    directory = run.workdir / "diffusion"
+    _require_finished(run, "diffusion", directory)
+    return model, stage, {**weights, **trained.parameters(stage, run, directory)}
+
+
+def train_stage(run: Run, name: str) -> None:
+    """Trains a stage, or goes on, or finds that it is done."""
+    if name == "autoencoder" and run.config.autoencoder.pretrained:
+        logger.info("autoencoder: taken from %s", run.config.autoencoder.pretrained)
+        return
+    settings = run.config[name]
+    step = trained.finished_step(run.workdir / name)
+    if step is not None and step >= settings.steps:
+        logger.info("%s: finished, %d steps", name, step)
+        return
+    check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
+    stage = autoencoder_stage(run)[1] if name == "autoencoder" else diffusion_stage(run)[1]
+    load: Callable[[int], Batch] = run.training_batches(settings.batch_size, name)
+    if run.config.data.cache_features and settings.steps:
+        load = feature_cache.training_batches(stage, run)
+    held_out = run.ordered_batches(
+        run.dataset.valid, settings.batch_size, run.config.evaluate.num_texts
+    )
+    train(stage, run, load=load, held_out=held_out)
+    feature_cache.remove(name, run)
+
+
+def _require_finished(run: Run, name: str, directory: Path) -> int:
+    """The last step of a stage; UserError if it is not done."""
+    step = trained.finished_step(directory)
+    if step is None:
+        raise UserError(
+            f"{directory} holds no checkpoint: run --stage={name} first (or --stage=all)"
+        )
+    steps = run.config[name].steps
+    if directory.parent == run.workdir and step < steps:
+        raise UserError(
+            f"{directory} is at step {step} of {steps}: finish it with --stage={name} (or "
+            f"--stage=all), or be content with it by --config.{name}.steps={step}"
+        )
+    return step

@@ -1,0 +1,60 @@
+"""What a finished run prints: a table of figures, and generated texts beside real ones."""
+
+from pathlib import Path
+from typing import Any
+
+from cosmos_jax import generate, metrics, workdir
+from cosmos_jax.run import Run
+
+NUM_EXAMPLES = 5
+
+
+def table(run: Run) -> str:
+    """The figures of metrics.jsonl and evaluation.json, and the first samples."""
+    evaluation = workdir.read_json(run.workdir / "evaluation.json")
+    before, after = _validation(run.workdir, first=True), _validation(run.workdir, first=False)
+    rows = [("", "before training", "after training")]
+    for stage, name, label in (
+        ("autoencoder", "token_accuracy", "tokens reconstructed, held-out"),
+        ("autoencoder", "exact_match", "texts reconstructed exactly, held-out"),
+        ("autoencoder", "loss", "autoencoder validation loss"),
+        ("diffusion", "loss", "diffusion validation loss"),
+        ("diffusion", "self_conditioned_loss", "  with self-conditioning"),
+    ):
+        key = f"validation_{name}"
+        if stage in after:
+            rows.append((label, f"{before[stage][key]:.4f}", f"{after[stage][key]:.4f}"))
+    texts = evaluation["texts"]
+    rows += [("", "", ""), (f"{texts['count']} texts", "generated", "real")]
+    for name in texts["generated"]:
+        label = name.replace("_", " ")
+        rows.append((label, f"{texts['generated'][name]:.4f}", f"{texts['real'][name]:.4f}"))
+    rows.append(("4-grams seen in training", f"{texts['memorisation']:.4f}", ""))
+    for name, value in texts.get("rouge", {}).items():
+        if isinstance(value, float):
+            rows.append((name, f"{value:.2f}", ""))
+    if "bleu" in texts:
+        rows.append(("BLEU", f"{texts['bleu']['score']:.2f}", ""))
+    width = max(len(label) for label, _, _ in rows)
+    lines = [f"{label:<{width}}  {a:>15}  {b:>15}".rstrip() for label, a, b in rows]
+    return "\n".join([*lines, "", *_examples(run), "", f"Everything is in {run.workdir}"])
+
+
+def _validation(directory: Path, *, first: bool) -> dict[str, dict[str, Any]]:
+    """Per stage, the first or the last line of validation."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in metrics.read(directory):
+        if "validation_loss" in entry and not (first and entry["stage"] in found):
+            found[entry["stage"]] = entry
+    return found
+
+
+def _examples(run: Run) -> list[str]:
+    samples = generate.read_samples(run.workdir / "samples.jsonl")[:NUM_EXAMPLES]
+    lines = []
+    for i, sample in enumerate(samples):
+        if "source" in sample:
+            lines.append(f"source     {sample['source']}")
+        lines.append(f"generated  {sample['text']}")
+        lines.append(f"real       {sample.get('reference', run.dataset.test[i].text)}")
+    return lines

@@ -1,0 +1,57 @@
+"""What every part of a run needs to know, and the batches it reads."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cosmos_jax import sharding
+from cosmos_jax.data import batches
+from cosmos_jax.data.sources import Dataset, Rows
+from cosmos_jax.encoder import TextEncoder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A validated config and what it names, opened."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    encoder: TextEncoder
+    dataset: Dataset
+
+    def key(self, purpose: str) -> jax.Array:
+        """The random key of one purpose, such as "autoencoder/init"."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(purpose.encode()))
+
+    def data_seed(self, purpose: str) -> int:
+        """The seed of the order in which one purpose goes through the training texts."""
+        return self.config.seed * 2**32 + zlib.crc32(purpose.encode())
+
+    def training_batches(self, batch_size: int, purpose: str) -> batches.TokenBatches:
+        """step -> this process's part of a batch of tokens of the training texts."""
+        return batches.TokenBatches(
+            self.dataset.train,
+            self.encoder.tokenizer,
+            max_length=self.config.data.max_length,
+            max_source_length=self.config.data.max_source_length,
+            seed=self.data_seed(purpose),
+            batch_size=batch_size,
+            local=sharding.local_rows(batch_size, self.mesh),
+        )
+
+    def ordered_batches(self, rows: Rows, batch_size: int, limit: int) -> batches.OrderedBatches:
+        """index -> this process's part of a batch of the first `limit` rows, in order."""
+        return batches.OrderedBatches(
+            rows,
+            self.encoder.tokenizer,
+            max_length=self.config.data.max_length,
+            max_source_length=self.config.data.max_source_length,
+            batch_size=batch_size,
+            limit=limit,
+            local=sharding.local_rows(batch_size, self.mesh),
+        )

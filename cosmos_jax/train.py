@@ -1,0 +1,243 @@
+"""The one loop, for any stage.
+
+The order within a step is fixed: batch, step, read the step before, evaluate, save. What a
+step computes is a pure function of (config, data, step), so a run that is stopped and goes
+on from a checkpoint is the run that was never stopped.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from cosmos_jax import distributed, metrics, optimizer, sharding
+from cosmos_jax.checkpoint import Checkpoints, shapes_on
+from cosmos_jax.data.batches import Batch as HostBatch
+from cosmos_jax.data.batches import OrderedBatches, prefetch
+from cosmos_jax.errors import UserError
+from cosmos_jax.run import Run
+from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums
+
+logger = logging.getLogger(__name__)
+
+
+class TrainState(struct.PyTreeNode):
+    """What training changes. `ema` is None for a stage that keeps no average."""
+
+    step: jax.Array
+    params: Params
+    ema: Params | None
+    optimizer: Any
+
+
+def init_state(stage: Stage, transform: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = stage.init(key)
+    ema = params if stage.settings.ema_decay else None
+    return TrainState(jnp.int32(0), params, ema, transform.init(params))
+
+
+def make_step(
+    stage: Stage, transform: optax.GradientTransformation
+) -> Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One update: (state, frozen, batch, key) -> (state, values of the step).
+
+    `batch` holds tokens, or features that were computed before. Losses are sums over parts of
+    the batch divided by their weights at the end, so any number of parts gives the same update.
+    """
+    parts = stage.settings.accumulate
+
+    def step(state, frozen, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        batch_size = batch["ids"].shape[0]
+
+        def gradients(part: Batch) -> tuple[Params, Sums]:
+            part = stage.features(frozen, part)
+
+            def objective(params):
+                sums = stage.losses(params, frozen, part, key)
+                return sums["loss"][0], sums
+
+            return jax.grad(objective, has_aux=True)(state.params)
+
+        if parts == 1:
+            grads, sums = gradients(batch)
+        else:
+            # Every parts-th row, so that each device keeps rows of its own in each part.
+            split = jax.tree.map(
+                lambda x: x.reshape(batch_size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradients(part)), None),
+                zeros,
+                split,
+            )
+        grads = jax.tree.map(lambda g: g / sums["loss"][1], grads)
+        updates, optimizer_state = transform.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optimizer.ema_update(ema, params, state.step + 1, stage.settings.ema_decay)
+        values = {name: total / weight for name, (total, weight) in sums.items()}
+        values["gradient_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, ema, optimizer_state), values
+
+    return step
+
+
+def make_validation(
+    stage: Stage, run: Run, held_out: OrderedBatches
+) -> Callable[[Params, Frozen], dict[str, float]]:
+    """(params, frozen) -> means over the held-out texts of `held_out`."""
+    key = run.key(f"{stage.name}/validation")
+
+    @jax.jit
+    def sums(params, frozen, batch):
+        return stage.validation(params, frozen, stage.features(frozen, batch), key)
+
+    def validate(params, frozen):
+        totals: dict[str, list[float]] = {}
+        for batch in map(held_out, range(len(held_out))):
+            for name, pair in jax.device_get(
+                sums(params, frozen, sharding.put_batch(batch, run.mesh))
+            ).items():
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += float(pair[0])
+                total[1] += float(pair[1])
+        return {f"validation_{name}": total / weight for name, (total, weight) in totals.items()}
+
+    return validate
+
+
+def train(
+    stage: Stage,
+    run: Run,
+    *,
+    load: Callable[[int], HostBatch],
+    held_out: OrderedBatches,
+) -> None:
+    """Trains a stage to its last step, from the newest checkpoint if there is one.
+
+    `load(step)` is this process's part of a batch; `held_out` are the texts to
+    validate on. Leaves a checkpoint of the last step in `workdir/<stage.name>`.
+
+    Raises:
+      UserError: the loss is not finite, or the checkpoint there is of another model.
+      distributed.Preempted: SIGTERM came; a checkpoint of that step is complete.
+    """
+    settings = stage.settings
+    transform = optimizer.make(settings.optimizer, settings.steps)
+    rate = optimizer.learning_rate(settings.optimizer, settings.steps)
+    init = functools.partial(init_state, stage, transform)
+    shapes = jax.eval_shape(init, run.key("shapes"))
+    layout = sharding.layout(shapes, run.mesh)
+    first = distributed.is_first()
+    with Checkpoints(run.workdir / stage.name, keep=settings.keep_checkpoints) as checkpoints:
+        restored = checkpoints.newest(_items(shapes_on(shapes, layout)))
+        if restored is None:
+            start = 0
+            state = jax.jit(init, out_shardings=layout)(run.key(f"{stage.name}/init"))
+        else:
+            start, items, provenance = restored
+            _check_provenance(stage, run, start, provenance)
+            state = TrainState(
+                items["step"]["step"], items["params"], items.get("ema"), items["optimizer"]
+            )
+            logger.info("%s: continuing from step %d", stage.name, start)
+
+        step_fn = jax.jit(
+            make_step(stage, transform), donate_argnums=0, out_shardings=(layout, None)
+        )
+        validate = make_validation(stage, run, held_out)
+        key = run.key(f"{stage.name}/step")
+        writer = metrics.MetricWriter(run.workdir, stage.name, start, active=first)
+        bar = metrics.progress(settings.steps, stage.name, start=start, active=first)
+        saved = start if restored is not None else None
+
+        def report(step: int, values: dict[str, jax.Array]) -> None:
+            host = {name: float(value) for name, value in jax.device_get(values).items()}
+            if not math.isfinite(host["loss"]) or not math.isfinite(host["gradient_norm"]):
+                last = (
+                    "there is no checkpoint yet"
+                    if saved is None
+                    else f"the last checkpoint is of step {saved}"
+                )
+                raise UserError(
+                    f"{stage.name}: the loss is not finite at step {step} ({last}); lower "
+                    f"config.{stage.name}.optimizer.learning_rate or look at the data"
+                )
+            if step % settings.log_every == 0 or step == settings.steps:
+                writer.write(step, {**host, "learning_rate": float(rate(step - 1))})
+                bar.set_postfix(loss=f"{host['loss']:.4f}", refresh=False)
+
+        def save(step: int, state: TrainState) -> None:
+            writer.sync()
+            checkpoints.save(
+                step,
+                {**_items(state), "statistics": stage.statistics},
+                {"step": step, **stage.provenance},
+            )
+
+        def evaluate(step: int, state: TrainState) -> None:
+            params = state.params if state.ema is None else state.ema
+            values = validate(params, stage.frozen)
+            writer.write(step, values)
+
+        with bar:
+            if restored is None:
+                evaluate(0, state)
+                if not settings.steps:
+                    save(0, state)
+            pending = None
+            steps = range(start, settings.steps)
+            with contextlib.closing(prefetch(load, steps)) as batches:
+                for step, batch in batches:
+                    state, values = step_fn(
+                        state, stage.frozen, sharding.put_batch(batch, run.mesh), key
+                    )
+                    done = step + 1
+                    # The step before is read now, so that the device always has work.
+                    if pending is not None:
+                        report(*pending)
+                    pending = (done, values)
+                    last = done == settings.steps
+                    evaluating = last or done % settings.evaluate_every == 0
+                    stopping = distributed.preempted()
+                    saving = last or stopping or done % settings.checkpoint_every == 0
+                    if evaluating or saving:
+                        report(*pending)
+                        pending = None
+                    if evaluating:
+                        evaluate(done, state)
+                    if saving:
+                        save(done, state)
+                        saved = done
+                    bar.update()
+                    if stopping and not last:
+                        checkpoints.wait()
+                        raise distributed.Preempted(f"{stage.name}: saved at step {done}")
+        writer.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint; each can be read without the others."""
+    items = {"step": {"step": state.step}, "params": state.params, "optimizer": state.optimizer}
+    return items if state.ema is None else {**items, "ema": state.ema}
+
+
+def _check_provenance(stage: Stage, run: Run, step: int, recorded: dict[str, Any]) -> None:
+    for name, value in stage.provenance.items():
+        if recorded.get(name) != value:
+            raise UserError(
+                f"{run.workdir / stage.name}: its checkpoint of step {step} was trained with "
+                f"{name} {recorded.get(name)!r}, but here it is {value!r}; "
+                "choose another --workdir, or delete that folder to train the stage again"
+            )

@@ -1,0 +1,77 @@
+"""What the stages left in their folders, as weights on the mesh; see `models/cosmos.py`."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cosmos_jax import sharding
+from cosmos_jax.checkpoint import Checkpoints, shapes_on
+from cosmos_jax.errors import UserError
+from cosmos_jax.models.cosmos import Cosmos, Weights, inverse_vocabulary
+from cosmos_jax.run import Run
+from cosmos_jax.stages.base import Stage
+
+
+def encoder_weights(run: Run) -> Weights:
+    """bert and mask_embedding."""
+    host = {"bert": run.encoder.params, "mask_embedding": run.encoder.mask_embedding_D}
+    return sharding.put_tree(host, run.mesh)
+
+
+def place_statistics(run: Run, statistics: dict[str, np.ndarray]) -> Weights:
+    """A stage's statistics on the mesh, with what follows from them."""
+    host: dict[str, Any] = dict(statistics)
+    if "vocabulary" in host:
+        host["head_index"] = inverse_vocabulary(
+            host["vocabulary"],
+            run.config.encoder.vocab_size,
+            run.encoder.tokenizer.unk_token_id,
+        )
+    return sharding.put_tree(host, run.mesh)
+
+
+def statistics(directory: Path) -> dict[str, np.ndarray] | None:
+    """What a stage measured before it began, or None if it has no checkpoint yet."""
+    if not directory.exists():
+        return None
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        found = checkpoints.newest({"statistics": None})
+    return None if found is None else found[1]["statistics"]
+
+
+def finished_step(directory: Path) -> int | None:
+    """The newest step of a stage, or None."""
+    if not directory.exists():
+        return None
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        steps = checkpoints.steps()
+    return steps[0] if steps else None
+
+
+def parameters(stage: Stage, run: Run, directory: Path) -> Weights:
+    """The trained parameters, averaged ones where the stage keeps an average."""
+    item = "ema" if stage.settings.ema_decay else "params"
+    shapes = jax.eval_shape(stage.init, run.key("shapes"))
+    layout = sharding.layout(shapes, run.mesh)
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        found = checkpoints.newest({item: shapes_on(shapes, layout)})
+    if found is None:
+        raise UserError(
+            f"{directory} holds no checkpoint: run --stage={stage.name} first (or --stage=all)"
+        )
+    return found[1][item]
+
+
+def no_source(run: Run, model: Cosmos, weights: Weights) -> Weights:
+    """States and mask of the empty source, which stands for "no source" in guidance."""
+    tokenizer = run.encoder.tokenizer
+    length = run.config.data.max_source_length
+    ids_S = np.full(length, tokenizer.pad_token_id, np.int32)
+    ids_S[:2] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    mask_S = np.arange(length) < 2
+    states_1xSxD = jax.jit(model.text_states)(weights, jnp.array(ids_S[None]), mask_S[None])
+    host = {"no_source_states": np.asarray(states_1xSxD[0]), "no_source_mask": mask_S}
+    return sharding.put_tree(host, run.mesh)
