@@ -74,7 +74,13 @@ class Checkpoints:
 
         A leaf is a `jax.ShapeDtypeStruct`, with the sharding to restore onto; without one the
         array comes as NumPy's. An item whose description is None is read as it was saved.
+
+        Raises:
+          UserError: the checkpoint has other arrays than described: it is of another model.
         """
+        for name, tree in shapes.items():
+            if tree is not None:
+                self._check_shapes(step, name, tree)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -82,6 +88,20 @@ class Checkpoints:
             ),
         )
         return {name: restored[name] for name in shapes}
+
+    def _check_shapes(self, step: int, item: str, tree: Tree) -> None:
+        directory = self._directory / str(step) / item
+        if not directory.exists():
+            raise UserError(f"{self._directory}/{step} has no {item}: it is of another model")
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved: Any = checkpointer.metadata(directory)
+        asked, found = _shapes_by_path(tree), _shapes_by_path(saved.item_metadata.tree)
+        for path in sorted(asked.keys() | found.keys()):
+            if asked.get(path) != found.get(path):
+                raise UserError(
+                    f"{self._directory}/{step} is of another model: {item}/{path} has shape "
+                    f"{found.get(path)} there and {asked.get(path)} here; choose another --workdir"
+                )
 
     def newest(
         self, shapes: Mapping[str, Tree]
@@ -94,6 +114,8 @@ class Checkpoints:
         for step in steps:
             try:
                 return step, self.restore(step, shapes), self.metadata(step)
+            except UserError:
+                raise
             # Whatever a damaged file makes Orbax or the file system raise.
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -104,6 +126,13 @@ class Checkpoints:
                 "nothing was deleted: restore the folder from a copy or choose another --workdir"
             )
         return None
+
+
+def _shapes_by_path(tree: Tree) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def shapes_on(tree: Tree, layout: Tree) -> Tree:

@@ -38,9 +38,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
             **{part: _count(shapes[part]) for part in _trained(shapes)},
         },
         "flops": flops,
-        "mesh": dict(
-            zip(sharding.AXES, sharding.mesh_shape(config.mesh, num_devices), strict=True)
-        ),
+        "mesh": dict(mesh.shape),
         "bytes_per_device": {
             "text_encoder_frozen": sharding.bytes_per_device(shapes["bert"], mesh),
             **{name: _state_bytes(stage, mesh) for name, stage in stages.items()},
@@ -116,11 +114,14 @@ def _shapes(config: ConfigDict, model: cosmos.Cosmos) -> dict[str, Any]:
     }
 
 
+def _count_flops(function: Any, *shapes: Any) -> float:
+    analysis: Any = jax.jit(function).lower(*shapes).cost_analysis()
+    return analysis["flops"]
+
+
 def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> dict[str, float]:
     forward = {
-        name: jax.jit(module.apply)
-        .lower({"params": shapes[name]}, *inputs)
-        .cost_analysis()["flops"]
+        name: _count_flops(module.apply, {"params": shapes[name]}, *inputs)
         for name, (module, inputs) in _calls(config, model).items()
     }
     settings = config.diffusion

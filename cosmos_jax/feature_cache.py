@@ -46,7 +46,7 @@ def _fill(stage: Stage, run: Run, directory: Path) -> None:
     rows = run.dataset.train
     load = run.ordered_batches(rows, stage.settings.batch_size, len(rows))
     compiled = jax.jit(stage.features)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.memmap] = {}
     bar = metrics.progress(len(load), f"{stage.name}: features", unit="batch")
     for index, batch in metrics.counted(prefetch(load, range(len(load))), bar):
         real = batch.pop("real")

@@ -65,7 +65,7 @@ def generate(run: Run) -> None:
         bar.update(len(ids_BxL))
 
     with bar:
-        pending = None
+        pending: tuple[int, jax.Array] | None = None
         for start in range(done, num_texts, settings.batch_size):
             rows = np.arange(start, start + settings.batch_size)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -79,10 +79,11 @@ def generate(run: Run) -> None:
             if pending is not None:
                 write(*pending)
             pending = (start, ids)
-            if distributed.preempted():
+            stopping = distributed.preempted()
+            if stopping or start + len(rows) >= num_texts:
                 write(*pending)
+            if stopping:
                 raise distributed.Preempted(f"generate: {start + len(rows)} texts are saved")
-        write(*pending)
     if first:
         os.replace(partial, run.workdir / "samples.jsonl")
 

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -82,7 +83,8 @@ def main(argv: list[str]) -> None:
 
         print(json.dumps(describe(config)))
         return
-    name = Path(flags.FLAGS["config"].config_filename).stem
+    config_flag: Any = flags.FLAGS["config"]
+    name = Path(config_flag.config_filename).stem
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     run_stages(config, Path(_WORKDIR.value or f"runs/{name}").absolute(), _STAGE.value)
 

@@ -87,7 +87,7 @@ def _mean_and_std(
     load = run.training_batches(settings.batch_size, f"{stage}/statistics")
     num_texts = min(settings.statistics_texts, len(run.dataset.train))
     steps = range(max(1, num_texts // settings.batch_size))
-    total: list[np.ndarray] = [np.float64(0), np.float64(0), np.float64(0)]
+    total = [np.zeros(()) for _ in range(3)]
     compiled = jax.jit(moments)
     bar = metrics.progress(len(steps), f"{stage}: statistics", active=distributed.is_first())
     with contextlib.closing(prefetch(load, steps)) as batches, bar:

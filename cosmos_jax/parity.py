@@ -104,6 +104,8 @@ def read_fixture(directory: Path) -> Fixture:
     # A damaged archive can fail in any way that a zip file can.
     except Exception as error:
         raise UserError(f"{directory}: a file is damaged: {error}") from error
+    if not isinstance(sizes, dict):
+        raise UserError(f"{config}: is not a JSON object")
     for name, value in CONSTANTS.items():
         if sizes.get(name, value) != value:
             raise UserError(f"{config}: {name} is {sizes[name]}; only {value} is supported")
@@ -150,7 +152,7 @@ def autoencoder_outputs(fixture: Fixture) -> Arrays:
     compressor = weights.convert(weights.compressor_table(config), tensors, where)
     latents = _apply(where, Compressor(config), compressor, standardised, mask)
     decompressor = weights.convert(weights.decompressor_table(config), decoder, where)
-    mask_embedding = decoder["embedding.weight"][size("mask_token_id")]
+    mask_embedding = bert_params["word_embeddings"]["embedding"][size("mask_token_id")]
     last, logits = _apply(where, Decompressor(config), decompressor, latents, mask_embedding)
     return {
         "bert_last_hidden": states,
@@ -283,7 +285,8 @@ def compare(expected: Arrays, computed: Arrays) -> list[tuple[str, float, str]]:
             rows.append((name, np.inf, remark))
         else:
             same = np.isclose(computed[name], value, rtol=0, atol=0, equal_nan=True)
-            difference = np.where(same, 0, np.abs(computed[name].astype(float) - value))
+            with np.errstate(invalid="ignore"):
+                difference = np.where(same, 0, np.abs(computed[name].astype(float) - value))
             rows.append((name, float(difference.max(initial=0)), ""))
     return rows
 

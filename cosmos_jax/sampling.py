@@ -27,7 +27,7 @@ def make_generator(
     shape = (config.autoencoder.num_latents, config.encoder.hidden_size)
 
     def generate(weights: Weights, keys_B: jax.Array, source: Source | None) -> jax.Array:
-        condition = ()
+        condition: tuple[jax.Array, ...] = ()
         if source is not None:
             condition = _condition(model, weights, source, settings.guidance != 1)
 

@@ -130,6 +130,6 @@ def bytes_per_device(tree: Any, mesh: AbstractMesh) -> int:
 
 def local_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of a global batch that this process must load."""
-    rows = batch_layout(mesh).addressable_devices_indices_map((batch_size,)).values()
-    slices = [index[0].indices(batch_size) for index in rows]
+    indices = batch_layout(mesh).addressable_devices_indices_map((batch_size,)).values()
+    slices = [index[0].indices(batch_size) for index in indices if index is not None]
     return slice(min(s[0] for s in slices), max(s[1] for s in slices))

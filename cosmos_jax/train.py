@@ -118,16 +118,12 @@ def make_validation(
 
 
 def train(
-    stage: Stage,
-    run: Run,
-    *,
-    load: Callable[[int], HostBatch],
-    held_out: OrderedBatches,
+    stage: Stage, run: Run, *, load: Callable[[int], HostBatch], held_out: OrderedBatches
 ) -> None:
     """Trains a stage to its last step, from the newest checkpoint if there is one.
 
-    `load(step)` is this process's part of a batch; `held_out` are the texts to
-    validate on. Leaves a checkpoint of the last step in `workdir/<stage.name>`.
+    `load(step)` is this process's part of a batch; `held_out` are the texts to validate on.
+    Leaves a checkpoint of the last step in `workdir/<stage.name>`.
 
     Raises:
       UserError: the loss is not finite, or the checkpoint there is of another model.
@@ -135,105 +131,87 @@ def train(
     """
     settings = stage.settings
     transform = optimizer.make(settings.optimizer, settings.steps)
-    rate = optimizer.learning_rate(settings.optimizer, settings.steps)
-    init = functools.partial(init_state, stage, transform)
-    shapes = jax.eval_shape(init, run.key("shapes"))
-    layout = sharding.layout(shapes, run.mesh)
-    first = distributed.is_first()
-    with Checkpoints(run.workdir / stage.name, keep=settings.keep_checkpoints) as checkpoints:
-        restored = checkpoints.newest(_items(shapes_on(shapes, layout)))
-        if restored is None:
-            start = 0
-            state = jax.jit(init, out_shardings=layout)(run.key(f"{stage.name}/init"))
-        else:
-            start, items, provenance = restored
-            _check_provenance(stage, run, start, provenance)
-            state = TrainState(
-                items["step"]["step"], items["params"], items.get("ema"), items["optimizer"]
-            )
-            logger.info("%s: continuing from step %d", stage.name, start)
-
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(run.workdir / stage.name, keep=settings.keep_checkpoints)
+        )
+        state, layout = _restore_or_init(stage, run, transform, checkpoints)
+        start, fresh = int(state.step), not checkpoints.steps()
+        first = distributed.is_first()
+        writer = metrics.MetricWriter(run.workdir, stage.name, start, active=first)
+        stack.callback(writer.close)
+        bar = stack.enter_context(
+            metrics.progress(settings.steps, stage.name, start=start, active=first)
+        )
         step_fn = jax.jit(
             make_step(stage, transform), donate_argnums=0, out_shardings=(layout, None)
         )
-        validate = make_validation(stage, run, held_out)
         key = run.key(f"{stage.name}/step")
-        writer = metrics.MetricWriter(run.workdir, stage.name, start, active=first)
-        bar = metrics.progress(settings.steps, stage.name, start=start, active=first)
-        saved = start if restored is not None else None
+        validate = make_validation(stage, run, held_out)
+
+        def evaluate(step: int) -> None:
+            params = state.params if state.ema is None else state.ema
+            writer.write(step, validate(params, stage.frozen))
 
         def report(step: int, values: dict[str, jax.Array]) -> None:
             host = {name: float(value) for name, value in jax.device_get(values).items()}
-            if not math.isfinite(host["loss"]) or not math.isfinite(host["gradient_norm"]):
-                last = (
-                    "there is no checkpoint yet"
-                    if saved is None
-                    else f"the last checkpoint is of step {saved}"
-                )
+            if not (math.isfinite(host["loss"]) and math.isfinite(host["gradient_norm"])):
                 raise UserError(
-                    f"{stage.name}: the loss is not finite at step {step} ({last}); lower "
+                    f"{stage.name}: the loss is not finite at step {step}; checkpoints: "
+                    f"{checkpoints.steps() or 'none'}; lower "
                     f"config.{stage.name}.optimizer.learning_rate or look at the data"
                 )
             if step % settings.log_every == 0 or step == settings.steps:
-                writer.write(step, {**host, "learning_rate": float(rate(step - 1))})
+                rate = optimizer.learning_rate(settings.optimizer, settings.steps)(step - 1)
+                writer.write(step, {**host, "learning_rate": float(rate)})
                 bar.set_postfix(loss=f"{host['loss']:.4f}", refresh=False)
 
-        def save(step: int, state: TrainState) -> None:
+        def save(step: int) -> None:
+            # A checkpoint must not be newer than the metrics that led to it.
             writer.sync()
-            checkpoints.save(
-                step,
-                {**_items(state), "statistics": stage.statistics},
-                {"step": step, **stage.provenance},
-            )
+            items = {**_items(state), "statistics": stage.statistics}
+            checkpoints.save(step, items, stage.provenance)
 
-        def evaluate(step: int, state: TrainState) -> None:
-            params = state.params if state.ema is None else state.ema
-            values = validate(params, stage.frozen)
-            writer.write(step, values)
-
-        with bar:
-            if restored is None:
-                evaluate(0, state)
-                if not settings.steps:
-                    save(0, state)
-            pending = None
-            steps = range(start, settings.steps)
-            with contextlib.closing(prefetch(load, steps)) as batches:
-                for step, batch in batches:
-                    state, values = step_fn(
-                        state, stage.frozen, sharding.put_batch(batch, run.mesh), key
-                    )
-                    done = step + 1
-                    # The step before is read now, so that the device always has work.
-                    if pending is not None:
-                        report(*pending)
-                    pending = (done, values)
-                    last = done == settings.steps
-                    evaluating = last or done % settings.evaluate_every == 0
-                    stopping = distributed.preempted()
-                    saving = last or stopping or done % settings.checkpoint_every == 0
-                    if evaluating or saving:
-                        report(*pending)
-                        pending = None
-                    if evaluating:
-                        evaluate(done, state)
-                    if saving:
-                        save(done, state)
-                        saved = done
-                    bar.update()
-                    if stopping and not last:
-                        checkpoints.wait()
-                        raise distributed.Preempted(f"{stage.name}: saved at step {done}")
-        writer.close()
+        if fresh:
+            evaluate(0)
+            if not settings.steps:
+                save(0)
+        steps = range(start, settings.steps)
+        pending = None
+        for step, batch in stack.enter_context(contextlib.closing(prefetch(load, steps))):
+            state, values = step_fn(state, stage.frozen, sharding.put_batch(batch, run.mesh), key)
+            # The step before is read only now, so that the device always has work.
+            if pending is not None:
+                report(*pending)
+            done = step + 1
+            pending = (done, values)
+            stopping, last = distributed.preempted(), done == settings.steps
+            evaluating = last or done % settings.evaluate_every == 0
+            saving = last or stopping or done % settings.checkpoint_every == 0
+            if evaluating or saving:
+                report(*pending)
+                pending = None
+            if evaluating:
+                evaluate(done)
+            if saving:
+                save(done)
+            bar.update()
+            if stopping and not last:
+                checkpoints.wait()
+                raise distributed.Preempted(f"{stage.name} is saved at step {done}")
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint; each can be read without the others."""
-    items = {"step": {"step": state.step}, "params": state.params, "optimizer": state.optimizer}
-    return items if state.ema is None else {**items, "ema": state.ema}
-
-
-def _check_provenance(stage: Stage, run: Run, step: int, recorded: dict[str, Any]) -> None:
+def _restore_or_init(
+    stage: Stage, run: Run, transform: optax.GradientTransformation, checkpoints: Checkpoints
+) -> tuple[TrainState, Any]:
+    """The state to go on from and its layout; parameters never exist unsharded."""
+    init = functools.partial(init_state, stage, transform)
+    shapes = jax.eval_shape(init, run.key("shapes"))
+    layout = sharding.layout(shapes, run.mesh)
+    found = checkpoints.newest(_items(shapes_on(shapes, layout)))
+    if found is None:
+        return jax.jit(init, out_shardings=layout)(run.key(f"{stage.name}/init")), layout
+    step, items, recorded = found
     for name, value in stage.provenance.items():
         if recorded.get(name) != value:
             raise UserError(
@@ -241,3 +219,12 @@ def _check_provenance(stage: Stage, run: Run, step: int, recorded: dict[str, Any
                 f"{name} {recorded.get(name)!r}, but here it is {value!r}; "
                 "choose another --workdir, or delete that folder to train the stage again"
             )
+    logger.info("%s: continuing from step %d of %d", stage.name, step, stage.settings.steps)
+    state = TrainState(items["step"]["step"], items["params"], items.get("ema"), items["optimizer"])
+    return state, layout
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint; each can be read without the others."""
+    items = {"step": {"step": state.step}, "params": state.params, "optimizer": state.optimizer}
+    return items if state.ema is None else {**items, "ema": state.ema}

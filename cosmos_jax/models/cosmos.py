@@ -17,6 +17,7 @@ Shape letters: B batch, L text positions, S source positions, N latents, D width
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,18 +49,17 @@ class Cosmos:
 
     def text_states(self, weights: Weights, ids_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
         """Standardised states of the frozen encoder, [B, L, D] fp32."""
-        states = self.bert.apply({"params": weights["bert"]}, ids_BxL, mask_BxL)
+        states = _apply(self.bert, weights["bert"], ids_BxL, mask_BxL)
         return (states - weights["states_mean"]) / weights["states_std"]
 
     def compress(self, weights: Weights, states_BxLxD: jax.Array, mask_BxL: jax.Array) -> jax.Array:
         """Latents, [B, N, D] fp32, as the decompressor reads them."""
-        return self.compressor.apply({"params": weights["compressor"]}, states_BxLxD, mask_BxL)
+        return _apply(self.compressor, weights["compressor"], states_BxLxD, mask_BxL)
 
     def decompress(self, weights: Weights, latents_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Predicted standardised states [B, L, D] and logits over head rows [B, L, V]."""
-        return self.decompressor.apply(
-            {"params": weights["decompressor"]}, latents_BxNxD, weights["mask_embedding"]
-        )
+        mask_embedding_D = weights["mask_embedding"]
+        return _apply(self.decompressor, weights["decompressor"], latents_BxNxD, mask_embedding_D)
 
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
@@ -77,13 +77,16 @@ class Cosmos:
         self, weights: Weights, source_states_BxSxD: jax.Array, source_mask_BxS: jax.Array
     ) -> jax.Array:
         """What the denoiser attends to, [B, S, D] fp32."""
-        return self.condition_encoder.apply(
-            {"params": weights["condition_encoder"]}, source_states_BxSxD, source_mask_BxS
-        )
+        params = weights["condition_encoder"]
+        return _apply(self.condition_encoder, params, source_states_BxSxD, source_mask_BxS)
 
     def denoise(self, weights: Weights, *inputs: jax.Array | None) -> jax.Array:
         """`Denoiser.__call__`."""
-        return self.denoiser.apply({"params": weights["denoiser"]}, *inputs)
+        return _apply(self.denoiser, weights["denoiser"], *inputs)
+
+
+def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None, **options: Any) -> Any:
+    return module.apply({"params": params}, *inputs, **options)
 
 
 def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:

@@ -134,6 +134,13 @@ def _rebuild_device(kind: str, index: int | None = None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocol 2 writes bytes; no other encoding, for some of them run code."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
 _DTYPES = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -171,6 +178,7 @@ _STORAGES = {
 # Everything a checkpoint may name. A dtype stands for itself and for the class of storages.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,

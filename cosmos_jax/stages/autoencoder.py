@@ -12,6 +12,8 @@ is perturbed, so that texts that are close lie close in the latent space:
 (2) and (3) meet a text with probabilities `masked_share` and `noised_share`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,14 +62,14 @@ def make(
             deterministic=False,
             rngs={"dropout": dropout_keys[0]},
         )
-        predicted, logits = model.decompressor.apply(
+        outputs: Any = model.decompressor.apply(
             {"params": params["decompressor"]},
             latents * keep_latents,
             frozen["mask_embedding"],
             deterministic=False,
             rngs={"dropout": dropout_keys[1]},
         )
-        return _sums(frozen, batch, predicted, logits, settings.alignment_weight)
+        return _sums(frozen, batch, *outputs, settings.alignment_weight)
 
     def validation(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
         del key  # nothing is perturbed
