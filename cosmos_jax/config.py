@@ -233,6 +233,13 @@ def validate(config: ConfigDict) -> None:
         "evaluate.num_texts",
     ):
         require(flatten(config)[field] >= 1, field, "at least 1")
+    for stage in ("autoencoder", "diffusion"):
+        batch_size, parts = config[stage].batch_size, config[stage].accumulate
+        require(
+            parts >= 1 and batch_size % parts == 0,
+            f"{stage}.accumulate",
+            f"a divisor of the batch size, {batch_size}",
+        )
     for field in ("autoencoder.steps", "diffusion.steps"):
         require(flatten(config)[field] >= 0, field, "0 or more")
     for field in (

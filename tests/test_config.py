@@ -91,6 +91,7 @@ BAD = [
     *((field, value) for field in POSITIVE for value in (0, -3)),
     *((field, value) for field in SHARES for value in (-0.1, 1.1, float("nan"))),
     *((f"{stage}.steps", -1) for stage in STAGES),
+    *((f"{stage}.accumulate", parts) for stage in STAGES for parts in (0, -2, 3)),  # of 512
     *((f"{stage}.num_heads", 7) for stage in STAGES),  # does not divide 768
     *((f"{stage}.num_heads", 256) for stage in STAGES),  # heads of width 3 cannot rotate
     *((f"{stage}.ema_decay", 1.0) for stage in STAGES),
