@@ -1,0 +1,237 @@
+"""Compressor and decompressor: sizes, masks, perturbation by dropout, and layers by hand."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_params import random_params
+
+from cosmos_jax.models.autoencoder import (
+    AutoencoderConfig,
+    Block,
+    Compressor,
+    Decompressor,
+    Gate,
+    MemoryAttention,
+)
+from cosmos_jax.models.layers import FeedForward, RMSNorm
+
+PAPER = AutoencoderConfig(
+    width=768, num_heads=12, num_layers=12, num_latents=16, max_length=128, vocab_size=28_996
+)
+TINY = AutoencoderConfig(
+    width=16, num_heads=2, num_layers=2, num_latents=3, max_length=7, vocab_size=11, dropout=0.5
+)
+
+
+def count(module, *inputs) -> int:
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def states_of(config: AutoencoderConfig, batch: int = 1) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, config.max_length, config.width), jnp.float32)
+
+
+def latents_of(config: AutoencoderConfig, batch: int = 1) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, config.num_latents, config.width), jnp.float32)
+
+
+def test_compressor_has_the_size_of_the_release():
+    mask = jax.ShapeDtypeStruct((1, 128), bool)
+    assert count(Compressor(PAPER), states_of(PAPER), mask) == 99_287_040
+
+
+def test_decompressor_has_the_size_of_the_release():
+    embedding = jax.ShapeDtypeStruct((768,), jnp.float32)
+    assert count(Decompressor(PAPER), latents_of(PAPER), embedding) == 126_266_162
+
+
+def test_more_latents_than_positions_enlarge_the_tables():
+    more = dataclasses.replace(PAPER, num_latents=200)
+    mask = jax.ShapeDtypeStruct((1, 128), bool)
+    assert count(Compressor(more), states_of(more), mask) == 99_287_040 + 768 * (184 + 72)
+
+
+@functools.cache
+def compressor():
+    """(function of states and mask, states, mask) with weights that are all random."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(3, 7, 16)).astype(np.float32)
+    mask = np.arange(7) < np.array([7, 4, 1])[:, None]
+    module = Compressor(TINY)
+    params = random_params(module, states, mask)
+    return jax.jit(functools.partial(module.apply, params)), states, mask
+
+
+@functools.cache
+def decompressor(dropout: float = 0.5):
+    module = Decompressor(dataclasses.replace(TINY, dropout=dropout))
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(3, 3, 16)).astype(np.float32)
+    embedding = rng.normal(size=16).astype(np.float32)
+    params = random_params(module, latents, embedding)
+    apply = jax.jit(functools.partial(module.apply, params), static_argnames="deterministic")
+    return apply, latents, embedding
+
+
+def test_compressor_never_sees_padding_or_neighbours():
+    apply, states, mask = compressor()
+    latents = apply(states, mask)
+    assert latents.shape == (3, 3, 16)
+    assert latents.dtype == jnp.float32
+    other = np.where(mask[..., None], states, 1e3)
+    np.testing.assert_array_equal(apply(other, mask), latents)
+    other[1] += 1
+    changed = apply(other, mask)
+    np.testing.assert_array_equal(changed[0::2], latents[0::2])
+    assert np.abs(changed[1] - latents[1]).min(axis=-1).max() > 0
+    shorter = apply(states[:, :4], mask[:, :4])
+    np.testing.assert_allclose(shorter[1:], latents[1:], atol=1e-5)
+
+
+def test_compressor_sees_every_real_token_and_its_place():
+    apply, states, mask = compressor()
+    latents = apply(states, mask)
+    for i in range(4):
+        other = states.copy()
+        other[1, i] += 1
+        assert np.abs(apply(other, mask)[1] - latents[1]).max() > 1e-3
+    swapped = states[:, [1, 0, 2, 3, 4, 5, 6]]
+    assert np.abs(apply(swapped, mask)[0] - latents[0]).max() > 1e-3
+
+
+def test_decompressor_rows_are_independent_and_positions_differ():
+    apply, latents, embedding = decompressor()
+    states, logits = apply(latents, embedding)
+    assert states.shape == (3, 7, 16)
+    assert logits.shape == (3, 7, 11)
+    assert states.dtype == logits.dtype == jnp.float32
+    other = latents.copy()
+    other[1] += 1
+    changed, _ = apply(other, embedding)
+    np.testing.assert_array_equal(changed[0::2], states[0::2])
+    assert np.abs(changed[1] - states[1]).max() > 1e-3
+    assert np.abs(np.diff(states, axis=1)).max(axis=-1).min() > 1e-3
+
+
+def test_dropout_only_when_asked_for():
+    apply, latents, embedding = decompressor()
+    keys = [{"dropout": jax.random.key(i)} for i in (0, 0, 1)]
+    still, _ = apply(latents, embedding)
+    first, again, other = (
+        apply(latents, embedding, deterministic=False, rngs=key)[0] for key in keys
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-2
+    assert np.abs(first - still).max() > 1e-2
+    # Equal rows of a batch are perturbed differently.
+    equal = np.broadcast_to(latents[:1], latents.shape)
+    noisy, _ = apply(equal, embedding, deterministic=False, rngs=keys[0])
+    assert np.abs(noisy[0] - noisy[1]).max() > 1e-2
+
+
+def test_without_dropout_training_and_inference_agree():
+    """Inference computes the start of one query for all, training that of each."""
+    module = Decompressor(dataclasses.replace(TINY, dropout=1e-12))
+    apply, latents, embedding = decompressor(0.0)
+    params = apply.__wrapped__.args[0]
+    training = jax.jit(functools.partial(module.apply, deterministic=False))(
+        params, latents, embedding, rngs={"dropout": jax.random.key(0)}
+    )
+    for a, b in zip(training, apply(latents, embedding), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_keeps_parameters_and_answers_in_float32():
+    apply, states, mask = compressor()
+    module = Compressor(TINY, jnp.bfloat16)
+    params = apply.__wrapped__.args[0]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), states, mask)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    rounded = jax.jit(module.apply)(params, states, mask)
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - apply(states, mask)).max()
+    assert 0 < error < 0.1
+
+
+# Layers, recomputed in NumPy in double precision.
+
+
+def rms_norm(x, gain=1.0):
+    rms = np.sqrt((x**2).mean(axis=-1, keepdims=True))
+    return x / np.where(rms > 1e-5, rms, 1e-5) * gain
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-5, 1.0, 1e6])
+def test_rms_norm_bounds_the_rms_from_below(scale):
+    rng = np.random.default_rng(0)
+    x, gain = scale * rng.normal(size=(4, 9)), rng.normal(size=9)
+    actual = RMSNorm().apply({"params": {"gain": gain}}, x.astype(np.float32))
+    np.testing.assert_allclose(actual, rms_norm(x, gain), rtol=1e-5, atol=1e-6)
+
+
+def test_gate():
+    x = np.arange(4.0, dtype=np.float32)
+    actual = Gate().apply({"params": {"weight": np.float32(0.5), "bias": np.float32(-0.25)}}, x)
+    np.testing.assert_allclose(actual, 1.25 * x)
+
+
+def test_feed_forward():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 8)) + 5
+    module = FeedForward(0.1, jnp.float32)
+    params = random_params(module, x.astype(np.float32), deterministic=True)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    h = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    h = (h * p["norm"]["scale"] + p["norm"]["bias"]) @ p["up"]["kernel"] + p["up"]["bias"]
+    assert h.shape[-1] == 32
+    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    expected = h @ p["down"]["kernel"] + p["down"]["bias"]
+    actual = module.apply(params, x.astype(np.float32), deterministic=True)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_attention_over_memory_and_queries():
+    rng = np.random.default_rng(0)
+    queries, memory = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 5, 8))
+    mask = np.arange(5) < np.array([5, 2])[:, None]
+    module = MemoryAttention(2, jnp.float32)
+    inputs = (queries.astype(np.float32), memory.astype(np.float32), mask)
+    params = random_params(module, *inputs)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    assert all(set(p[name]) == {"kernel"} for name in ("query", "key", "value", "out"))
+    expected = np.zeros((2, 3, 8))
+    for b in range(2):
+        q_in = rms_norm(queries[b], p["norm_queries"]["gain"])
+        m_in = rms_norm(memory[b][mask[b]], p["norm_memory"]["gain"])
+        heads = []
+        for head in (slice(0, 4), slice(4, 8)):
+            query = q_in @ p["query"]["kernel"][:, head]
+            own, theirs = p["key"]["kernel"][:, head], p["memory_key"]["kernel"][:, head]
+            key = np.concatenate([q_in @ own, m_in @ theirs])
+            own, theirs = p["value"]["kernel"][:, head], p["memory_value"]["kernel"][:, head]
+            value = np.concatenate([q_in @ own, m_in @ theirs])
+            query = rms_norm(query, p["norm_query_heads"]["gain"])
+            key = rms_norm(key, p["norm_key_heads"]["gain"])
+            heads.append(softmax(query @ key.T / math.sqrt(4)) @ value)
+        expected[b] = np.concatenate(heads, axis=-1) @ p["out"]["kernel"]
+    np.testing.assert_allclose(module.apply(params, *inputs), expected, atol=1e-5)
+
+
+def test_only_the_decompressor_has_gates():
+    for gated in (False, True):
+        block = Block(TINY, gated, jnp.float32)
+        x = jax.ShapeDtypeStruct((1, 3, 16), jnp.float32)
+        init = functools.partial(block.init, deterministic=True)
+        params = jax.eval_shape(init, jax.random.key(0), x, x, None)["params"]
+        assert ("attention_gate" in params) == ("mlp_gate" in params) == gated
