@@ -5,17 +5,14 @@ python -m cosmos_jax.main --config=configs/summarize.py --workdir=runs/xsum
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cosmos_jax import commands, distributed
 from cosmos_jax import config as config_lib
-from cosmos_jax import distributed
-from cosmos_jax.errors import UserError
 
 STAGES = ("all", "autoencoder", "diffusion", "generate", "evaluate", "describe")
 
@@ -29,7 +26,6 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, with --coordinator.")
-flags.mark_flag_as_required("config")
 
 
 logger = logging.getLogger("cosmos_jax")
@@ -74,8 +70,7 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    commands.refuse_arguments(argv)
     config = _CONFIG.value
     config_lib.validate(config)
     if _STAGE.value == "describe":
@@ -86,26 +81,11 @@ def main(argv: list[str]) -> None:
     config_flag: Any = flags.FLAGS["config"]
     name = Path(config_flag.config_filename).stem
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    run_stages(config, Path(_WORKDIR.value or f"runs/{name}").absolute(), _STAGE.value)
-
-
-def cli() -> None:
-    """`main` with absl's flags, errors as one line and exit status 2."""
-    # This package speaks for itself; the libraries under it only if something is wrong.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
     try:
-        app.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        run_stages(config, Path(_WORKDIR.value or f"runs/{name}").absolute(), _STAGE.value)
     except distributed.Preempted as stopped:
         logger.info("stopped on request: %s; run the same command to continue", stopped)
 
 
 if __name__ == "__main__":
-    cli()
+    commands.run(main, required=("config",))

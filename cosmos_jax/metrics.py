@@ -93,7 +93,7 @@ def _tensorboard(directory: Path):
 def progress(
     total: int, name: str, *, start: int = 0, unit: str = "step", active: bool = True
 ) -> tqdm:
-    """A bar with count, rate and time left; it moves on a terminal, in a log a line now and then."""
+    """A bar with count, rate and time left; a log gets a line now and then."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

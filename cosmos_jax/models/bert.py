@@ -27,6 +27,16 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
+# Our name of a size -> that in a Hugging Face `config.json`.
+_HUGGINGFACE_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
@@ -77,23 +87,26 @@ class BertConfig:
             )
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise UserError("encoder config: this BERT is a decoder; an encoder is needed")
-        names = {
-            "vocab_size": "vocab_size",
-            "hidden_size": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "intermediate_size": "intermediate_size",
-            "max_positions": "max_position_embeddings",
-        }
-        missing = [name for name in names.values() if name not in config]
+        missing = [name for name in _HUGGINGFACE_NAMES.values() if name not in config]
         if missing:
             raise UserError(f"encoder config: {missing[0]} is missing")
         return cls(
-            **{ours: config[theirs] for ours, theirs in names.items()},
+            **{ours: config[theirs] for ours, theirs in _HUGGINGFACE_NAMES.items()},
             type_vocab_size=config.get("type_vocab_size", 2),
             layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
             activation=config.get("hidden_act", "gelu"),
         )
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The dictionary that `from_huggingface` reads."""
+        return {
+            "model_type": "bert",
+            "architectures": ["BertModel"],
+            **{theirs: getattr(self, ours) for ours, theirs in _HUGGINGFACE_NAMES.items()},
+            "type_vocab_size": self.type_vocab_size,
+            "layer_norm_eps": self.layer_norm_eps,
+            "hidden_act": self.activation,
+        }
 
 
 def _layer_norm(config: BertConfig, name: str) -> nn.LayerNorm:

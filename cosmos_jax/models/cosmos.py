@@ -52,14 +52,29 @@ class Cosmos:
         states = _apply(self.bert, weights["bert"], ids_BxL, mask_BxL)
         return (states - weights["states_mean"]) / weights["states_std"]
 
-    def compress(self, weights: Weights, states_BxLxD: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-        """Latents, [B, N, D] fp32, as the decompressor reads them."""
-        return _apply(self.compressor, weights["compressor"], states_BxLxD, mask_BxL)
+    def compress(
+        self,
+        weights: Weights,
+        states_BxLxD: jax.Array,
+        mask_BxL: jax.Array,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Latents, [B, N, D] fp32, as the decompressor reads them; dropout only with a key."""
+        return _apply(
+            self.compressor, weights["compressor"], states_BxLxD, mask_BxL, **_dropout(dropout_key)
+        )
 
-    def decompress(self, weights: Weights, latents_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def decompress(
+        self, weights: Weights, latents_BxNxD: jax.Array, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Predicted standardised states [B, L, D] and logits over head rows [B, L, V]."""
-        mask_embedding_D = weights["mask_embedding"]
-        return _apply(self.decompressor, weights["decompressor"], latents_BxNxD, mask_embedding_D)
+        return _apply(
+            self.decompressor,
+            weights["decompressor"],
+            latents_BxNxD,
+            weights["mask_embedding"],
+            **_dropout(dropout_key),
+        )
 
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
@@ -83,6 +98,10 @@ class Cosmos:
     def denoise(self, weights: Weights, *inputs: jax.Array | None) -> jax.Array:
         """`Denoiser.__call__`."""
         return _apply(self.denoiser, weights["denoiser"], *inputs)
+
+
+def _dropout(key: jax.Array | None) -> dict[str, Any]:
+    return {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
 
 
 def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None, **options: Any) -> Any:

@@ -12,8 +12,6 @@ is perturbed, so that texts that are close lie close in the latent space:
 (2) and (3) meet a text with probabilities `masked_share` and `noised_share`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,21 +53,12 @@ def make(
         states, visible, keep_latents = perturb(
             settings, batch["states"], batch["mask"], keys_B, (settings.num_latents, width)
         )
-        latents = model.compressor.apply(
-            {"params": params["compressor"]},
-            states,
-            visible,
-            deterministic=False,
-            rngs={"dropout": dropout_keys[0]},
+        weights = {**frozen, **params}
+        latents = model.compress(weights, states, visible, dropout_key=dropout_keys[0])
+        predicted, logits = model.decompress(
+            weights, latents * keep_latents, dropout_key=dropout_keys[1]
         )
-        outputs: Any = model.decompressor.apply(
-            {"params": params["decompressor"]},
-            latents * keep_latents,
-            frozen["mask_embedding"],
-            deterministic=False,
-            rngs={"dropout": dropout_keys[1]},
-        )
-        return _sums(frozen, batch, *outputs, settings.alignment_weight)
+        return _sums(frozen, batch, predicted, logits, settings.alignment_weight)
 
     def validation(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
         del key  # nothing is perturbed

@@ -1,0 +1,17 @@
+"""The config that a workdir was made with, to go on with it or change how it generates.
+
+python -m cosmos_jax.main --config=configs/workdir.py:runs/stories --workdir=runs/stories \
+    --stage=generate --config.diffusion.num_sampling_steps=50
+"""
+
+from pathlib import Path
+
+from cosmos_jax import workdir
+from cosmos_jax.errors import UserError
+
+
+def get_config(directory=""):
+    config = workdir.read_config(Path(directory)) if directory else None
+    if config is None:
+        raise UserError(f"{directory or 'no folder given'}: no config.json; say workdir.py:FOLDER")
+    return config
