@@ -57,7 +57,6 @@ def test_a_changed_weight_is_noticed(copy, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch rewrites the checkpoint")
     keep(copy, "token_ids", "token_mask", "latents", "bert_last_hidden")
     checkpoint = torch.load(copy / "autoencoder.pth", weights_only=True)
-    assert command(copy, tmp_path / "out.npz") == 0
     checkpoint["encoder"]["latent_layers.1.latent_attn.latents_to_Q.weight"][3, 5] += 0.01
     torch.save(checkpoint, copy / "autoencoder.pth")
     assert command(copy, tmp_path / "out.npz") == 1
@@ -85,12 +84,14 @@ def test_sampling_weights_are_the_averages(copy):
 
 def test_without_the_conditional_checkpoint(copy, tmp_path, capsys):
     (copy / "diffusion_conditional.pth").unlink()
-    keep(copy, "schedule_d5_t", "schedule_d5_alpha")
+    inputs = ("denoiser_x_t", "denoiser_t", "denoiser_self_cond", "cond_states", "cond_mask")
+    keep(copy, *inputs, "denoiser_x0")
     assert command(copy, tmp_path / "out.npz") == 0
     shutil.copy(FIXTURE / "expected.npz", copy)
+    keep(copy, *inputs, "denoiser_x0", "cond_denoiser_x0")
     assert command(copy, tmp_path / "out.npz") == 1
     printed = capsys.readouterr().out
-    assert "22 of 23 outputs agree" in printed
+    assert "1 of 2 outputs agree" in printed
     assert "not computed" in printed
     with np.load(tmp_path / "out.npz") as ours:
         assert "cond_denoiser_x0" not in ours
@@ -124,11 +125,11 @@ def test_other_lengths_batches_and_schedules(copy, tmp_path):
 
 
 def test_another_number_of_sampling_steps(copy):
-    """The first k steps of DDIM are the first k steps of the longer run: its mean has no noise."""
+    """One step of DDIM reveals x_0; from it follows by hand what one Euler step must give."""
     fixture = parity.read_fixture(copy)
     given = fixture.inputs
     short = {
-        **given,
+        **{k: v for k, v in given.items() if k.startswith(("denoiser", "sampler"))},
         "sampler_timesteps": given["sampler_timesteps"][:2],
         "sampler_noise": given["sampler_noise"][:1],
     }
@@ -136,7 +137,6 @@ def test_another_number_of_sampling_steps(copy):
     outputs = parity.compute(parity.read_fixture(copy))
     t, s = given["sampler_timesteps"][:2].astype(float)
     alpha_t, alpha_s = (1 / np.sqrt(1 + (5 * np.tan(np.pi / 2 * x)) ** 2) for x in (t, s))
-    # One step of DDIM reveals x_0, and from it follows one step of the ODE and of the SDE.
     x_T = given["sampler_x_T"]
     sigma_t, sigma_s = np.sqrt(1 - alpha_t**2), np.sqrt(1 - alpha_s**2)
     x_0 = (outputs["sampler_ddim"] - sigma_s / sigma_t * x_T) / (
