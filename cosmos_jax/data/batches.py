@@ -20,12 +20,12 @@ import numpy as np
 
 from cosmos_jax.data import tokens
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cosmos_jax.data.sources import Row, Rows
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Batch = dict[str, np.ndarray]

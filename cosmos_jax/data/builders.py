@@ -13,6 +13,7 @@ import fcntl
 import functools
 import io
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from absl import logging
 from tqdm import tqdm
 
 from cosmos_jax.data import documents, files, jsonl, tables
 from cosmos_jax.data.holding_out import HoldOut
 from cosmos_jax.data.sources import Dataset, Row
 from cosmos_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CORPUS = Path(__file__).parent / "corpus"
 # TFDS holds one shard in memory while writing it.
@@ -89,24 +91,21 @@ class TextBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Writes the data set unless it is there, all of it or nothing.
+        """Writes the data set, all of it or nothing, unless another process has just done so.
 
         Raises:
           UserError: before anything is written, something is wrong with a row; the directory
             cannot be written.
         """
-        if self._is_there():
-            return
         self._shards = self.shards()
         path = Path(self.data_dir)
         try:
             with _lock(path.parent):
-                if self._is_there():  # by another process, meanwhile
-                    self.info.read_from_directory(self.data_dir)
+                if self.is_there():  # by another process, meanwhile
                     return
                 for remains in path.parent.glob("*/"):  # of a run that was killed
                     shutil.rmtree(remains)
-                logging.info("Preparing %s in %s", self.name, path)
+                logger.info("Preparing %s in %s", self.name, path)
                 # TFDS prints to where results belong.
                 with contextlib.redirect_stdout(io.StringIO()):
                     self.download_and_prepare(file_format="array_record")
@@ -116,7 +115,7 @@ class TextBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type:
                 " config.data.directory names another place"
             ) from error
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
         return Path(self.data_dir).exists() and self.is_prepared()  # warns where nothing is
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -403,7 +402,9 @@ BUILDERS: Mapping[str, Callable[[str, str], TextBuilder]] = {
 def load(name: str, path: str, directory: str) -> Dataset:
     """Prepares the data set if need be and opens it; see `sources.load`."""
     builder = BUILDERS[name](path, directory)
-    builder.prepare()
+    if not builder.is_there():
+        builder.prepare()
+        builder = BUILDERS[name](path, directory)  # reads what was written, by whomever
     splits = {split: StoredRows(builder.as_data_source(split)) for split in builder.info.splits}
     return Dataset(
         name=name,

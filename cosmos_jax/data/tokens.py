@@ -42,13 +42,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length:
     Raises:
       UserError: a text has no tokens.
     """
+    if not texts:
+        none = np.zeros((0, max_length))
+        return Encoded(none.astype(np.int32), none.astype(bool), np.zeros(0, bool))
     with _LOCK:
         encodings = tokenizer(
             list(texts), truncation=True, max_length=max_length, padding="max_length"
         ).encodings
     assert encodings is not None, "only a fast tokenizer keeps what it cut off"
-    ids_BxL = np.array([e.ids for e in encodings], np.int32).reshape(-1, max_length)
-    mask_BxL = np.array([e.attention_mask for e in encodings], bool).reshape(-1, max_length)
+    ids_BxL = np.array([e.ids for e in encodings], np.int32)
+    mask_BxL = np.array([e.attention_mask for e in encodings], bool)
     empty_B = mask_BxL.sum(axis=1) <= tokenizer.num_special_tokens_to_add()
     if empty_B.any():
         text = texts[int(empty_B.argmax())]
