@@ -35,7 +35,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     return {
         "parameters": {
             "text_encoder_frozen": _count(shapes["bert"]),
-            **{part: _count(shapes[part]) for part in _trained(shapes)},
+            **_trained(shapes),
         },
         "flops": flops,
         "mesh": dict(mesh.shape),
@@ -46,12 +46,17 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _trained(shapes: dict[str, Any]) -> list[str]:
-    return [
-        part
+def _trained(shapes: dict[str, Any]) -> dict[str, int]:
+    counts = {
+        part: _count(shapes[part])
         for part in ("compressor", "decompressor", "denoiser", "condition_encoder")
         if part in shapes
-    ]
+    }
+    if "condition_encoder" in counts:
+        # The table of positions is counted apart, as the authors' code does.
+        counts["condition_positions"] = _count(shapes["condition_encoder"]["positions"])
+        counts["condition_encoder"] -= counts["condition_positions"]
+    return counts
 
 
 def _count(tree: Any) -> int:

@@ -34,7 +34,7 @@ def table(run: Run) -> str:
         if isinstance(value, float):
             rows.append((name, f"{value:.2f}", ""))
     if "bleu" in texts:
-        rows.append(("BLEU", f"{texts['bleu']['score']:.2f}", ""))
+        rows.append(("BLEU", f"{texts['bleu']['bleu']:.2f}", ""))
     width = max(len(label) for label, _, _ in rows)
     lines = [f"{label:<{width}}  {a:>15}  {b:>15}".rstrip() for label, a, b in rows]
     return "\n".join([*lines, "", *_examples(run), "", f"Everything is in {run.workdir}"])
