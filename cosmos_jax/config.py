@@ -62,9 +62,13 @@ def base() -> ConfigDict:
     ae.num_layers = 12
     ae.num_heads = 12
     ae.dropout = 0.1
+    # Deviation of the position tables at the start. With the paper's 1 they are some 5% of the
+    # states they are added to, and training spends long before it tells positions apart.
+    ae.position_std = 1.0
     # Tokens the head can say: "encoder" (all of them) or "corpus" (those of the training
     # texts; the others become [UNK]).
     ae.vocabulary = "encoder"
+    ae.vocabulary_min_count = 1  # with "corpus": rarer tokens become [UNK] too
     # A workdir whose autoencoder serves this run too; empty: train one here.
     ae.pretrained = ""
     ae.alignment_weight = 1.0
@@ -229,6 +233,7 @@ def validate(config: ConfigDict) -> None:
         *(f"{stage}.evaluate_every" for stage in ("autoencoder", "diffusion")),
         *(f"{stage}.checkpoint_every" for stage in ("autoencoder", "diffusion")),
         *(f"{stage}.keep_checkpoints" for stage in ("autoencoder", "diffusion")),
+        "autoencoder.vocabulary_min_count",
         "generate.num_texts",
         "evaluate.num_texts",
     ):

@@ -47,7 +47,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
 
 
 def _trained(shapes: dict[str, Any]) -> dict[str, int]:
-    counts = {
+    counts: dict[str, int] = {
         part: _count(shapes[part])
         for part in ("compressor", "decompressor", "denoiser", "condition_encoder")
         if part in shapes

@@ -18,14 +18,17 @@ from cosmos_jax.run import Run
 from cosmos_jax.stages.base import Stage
 
 
-def training_batches(stage: Stage, run: Run) -> Callable[[int], Batch]:
-    """step -> batch with features, as `stage.features` makes them, from the cache."""
-    directory = run.workdir / "cache" / stage.name
-    identity = {**stage.provenance, "features": 1}
+def training_batches(stage: Stage, run: Run, before: str = "") -> Callable[[int], Batch]:
+    """step -> batch with features, as `stage.features` makes them, from the cache.
+
+    `before` is the stage whose cached features, if they are there, are features of this one.
+    """
+    directory = _directory(run, stage.name)
+    identity = {**stage.provenance, "layout": 1}
     if workdir.read_json(directory / "identity.json") != identity:
-        _fill(stage, run, directory)
+        _fill(stage, run, _directory(run, before) if before else None)
         workdir.write_json(directory / "identity.json", identity)
-    arrays = {path.stem: np.load(path, mmap_mode="r") for path in directory.glob("*.npy")}
+    arrays = _open(directory)
     num_rows, seed = len(run.dataset.train), run.data_seed(stage.name)
 
     def load(step: int) -> Batch:
@@ -35,21 +38,32 @@ def training_batches(stage: Stage, run: Run) -> Callable[[int], Batch]:
     return load
 
 
-def remove(stage_name: str, run: Run) -> None:
-    """Frees the disk once a stage is trained."""
-    shutil.rmtree(run.workdir / "cache" / stage_name, ignore_errors=True)
+def remove(run: Run) -> None:
+    """Frees the disk."""
+    shutil.rmtree(run.workdir / "cache", ignore_errors=True)
 
 
-def _fill(stage: Stage, run: Run, directory: Path) -> None:
+def _directory(run: Run, stage_name: str) -> Path:
+    return run.workdir / "cache" / stage_name
+
+
+def _open(directory: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path, mmap_mode="r") for path in directory.glob("*.npy")}
+
+
+def _fill(stage: Stage, run: Run, before: Path | None) -> None:
+    directory = _directory(run, stage.name)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    rows = run.dataset.train
-    load = run.ordered_batches(rows, stage.settings.batch_size, len(rows))
+    num_rows = len(run.dataset.train)
+    load = run.ordered_batches(run.dataset.train, stage.settings.batch_size, num_rows)
+    cached = _open(before) if before and (before / "identity.json").exists() else {}
     compiled = jax.jit(stage.features)
     arrays: dict[str, np.memmap] = {}
     bar = metrics.progress(len(load), f"{stage.name}: features", unit="batch")
     for index, batch in metrics.counted(prefetch(load, range(len(load))), bar):
-        real = batch.pop("real")
+        real, rows = batch.pop("real"), batch["rows"]
+        batch |= {name: array[rows] for name, array in cached.items()}
         features = jax.device_get(compiled(stage.frozen, sharding.put_batch(batch, run.mesh)))
         del features["rows"]
         start = index * len(real)
@@ -60,7 +74,7 @@ def _fill(stage: Stage, run: Run, directory: Path) -> None:
                     directory / f"{name}.npy",
                     mode="w+",
                     dtype=np.float16 if value.dtype.kind == "f" else value.dtype,
-                    shape=(len(rows), *value.shape[1:]),
+                    shape=(num_rows, *value.shape[1:]),
                 )
             arrays[name][start : start + len(value)] = value
         if distributed.preempted():

@@ -26,24 +26,30 @@ Statistics = dict[str, np.ndarray]
 def vocabulary(run: Run) -> np.ndarray:
     """Token ids that the decompressor's head can say, ascending, [V] int32.
 
-    All of the encoder's, or with "corpus" those of the training texts; [UNK] always.
+    All of the encoder's, or with "corpus" those that the training texts have at least
+    `vocabulary_min_count` times; [UNK] always.
     """
-    if run.config.autoencoder.vocabulary == "encoder":
+    settings = run.config.autoencoder
+    if settings.vocabulary == "encoder":
         return np.arange(run.config.encoder.vocab_size, dtype=np.int32)
     batch_size = 1_024
     rows, length = run.dataset.train, run.config.data.max_length
-    used = np.zeros(run.config.encoder.vocab_size, bool)
-    used[run.encoder.tokenizer.unk_token_id] = True
+    counts = np.zeros(run.config.encoder.vocab_size, np.int64)
     active = distributed.is_first()
     with metrics.progress(len(rows), "vocabulary", unit="text", active=active) as bar:
         for start in range(0, len(rows), batch_size):
             texts = [rows[i].text for i in range(start, min(start + batch_size, len(rows)))]
             encoded = tokens.encode(run.encoder.tokenizer, texts, length)
-            used[encoded.ids_BxL[encoded.mask_BxL]] = True
+            counts += np.bincount(encoded.ids_BxL[encoded.mask_BxL], minlength=len(counts))
             bar.update(len(texts))
-    ids = np.flatnonzero(used).astype(np.int32)
-    logger.info("the head can say the %d tokens of the training texts", len(ids))
-    return ids
+    used = counts >= settings.vocabulary_min_count
+    used[run.encoder.tokenizer.unk_token_id] = True
+    logger.info(
+        "the head can say %d of the encoder's tokens, %.1f%% of the training texts",
+        used.sum(),
+        100 * counts[used].sum() / counts.sum(),
+    )
+    return np.flatnonzero(used).astype(np.int32)
 
 
 def states(run: Run, model: Cosmos, weights: Weights) -> Statistics:

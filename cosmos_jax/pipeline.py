@@ -85,12 +85,14 @@ def train_stage(run: Run, name: str) -> None:
     stage = autoencoder_stage(run)[1] if name == "autoencoder" else diffusion_stage(run)[1]
     load: Callable[[int], Batch] = run.training_batches(settings.batch_size, name)
     if run.config.data.cache_features and settings.steps:
-        load = feature_cache.training_batches(stage, run)
+        before = "autoencoder" if name == "diffusion" else ""
+        load = feature_cache.training_batches(stage, run, before)
     held_out = run.ordered_batches(
         run.dataset.valid, settings.batch_size, run.config.evaluate.num_texts
     )
     train(stage, run, load=load, held_out=held_out)
-    feature_cache.remove(name, run)
+    if name == STAGES[-1]:
+        feature_cache.remove(run)
 
 
 def _require_finished(run: Run, name: str, directory: Path) -> int:

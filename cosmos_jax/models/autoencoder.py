@@ -29,6 +29,7 @@ class AutoencoderConfig:
     max_length: int
     vocab_size: int
     dropout: float = 0.1
+    position_std: float = 1.0
 
     @property
     def num_positions(self) -> int:
@@ -114,9 +115,11 @@ class Block(nn.Module):
 
 
 def _position_table(module: nn.Module, config: AutoencoderConfig) -> jax.Array:
-    """Learned positions drawn from N(0, 1), scaled so that they are small beside the states."""
+    """Learned positions drawn from N(0, position_std^2), scaled by width^-0.5."""
     table = module.param(
-        "positions", nn.initializers.normal(1.0), (config.num_positions, config.width)
+        "positions",
+        nn.initializers.normal(config.position_std),
+        (config.num_positions, config.width),
     )
     return table * config.width**-0.5
 

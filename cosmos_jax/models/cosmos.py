@@ -127,6 +127,7 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         max_length=config.data.max_length,
         vocab_size=vocabulary_size,
         dropout=config.autoencoder.dropout,
+        position_std=config.autoencoder.position_std,
     )
     denoiser = DenoiserConfig(
         width=encoder.hidden_size,

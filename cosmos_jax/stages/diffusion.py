@@ -47,9 +47,13 @@ def make(
     def features(frozen: Frozen, tokens: Batch) -> Batch:
         if "latents" in tokens:
             return tokens
-        states = model.text_states(frozen, tokens["ids"], tokens["mask"])
-        latents = model.compress(frozen, states, tokens["mask"])
-        batch = {**tokens, "latents": model.standardise(frozen, latents)}
+        batch = dict(tokens)
+        # A batch from the autoencoder's cache has the states already.
+        states = batch.pop("states", None)
+        if states is None:
+            states = model.text_states(frozen, tokens["ids"], tokens["mask"])
+        latents = model.compress(frozen, states.astype(jnp.float32), tokens["mask"])
+        batch["latents"] = model.standardise(frozen, latents)
         if model.conditional:
             batch["source_states"] = model.text_states(
                 frozen, tokens["source_ids"], tokens["source_mask"]
