@@ -1,11 +1,13 @@
 """What the command lines of this package share: logs, and errors as one line."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from cosmos_jax.errors import UserError
 
@@ -29,15 +31,31 @@ def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None
         sys.exit(2)
 
 
-def refuse_arguments(argv: Sequence[str]) -> None:
-    """UserError if anything but flags was given."""
+def check(argv: Sequence[str], config: ConfigDict) -> None:
+    """UserError if anything but flags was given or the config file could not be read."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    try:
+        config.to_dict()  # ml_collections puts off the error until the config is looked at
+    except OSError as error:
+        raise UserError(f"--config: {_one_line(error).partition(': ')[2]}") from error
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Flags, with whatever is wrong about them as a UserError of one line."""
     try:
         return flags.FLAGS(list(argv), known_only=False)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"config has no such field: {_near_miss(str(error))}") from error
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _near_miss(message: str) -> str:
+    """What ml_collections says about an unknown field, without its layers of quotes."""
+    hint = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message)
+    return f"{hint[2]!r}; did you mean {hint[1]!r}?" if hint else _one_line(message).strip("'\"")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

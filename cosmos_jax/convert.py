@@ -192,7 +192,7 @@ def _write_checkpoint(directory: Path, step: int, items: dict[str, Any]) -> None
 
 
 def main(argv: list[str]) -> None:
-    commands.refuse_arguments(argv)
+    commands.check(argv, _CONFIG.value)
     directory = Path(_WORKDIR.value).absolute()
     config = convert(
         _CONFIG.value,

@@ -105,9 +105,7 @@ def _texts(rows: Rows, limit: int) -> list[str]:
 
 
 def _normalise(run: Run, texts: list[str]) -> list[str]:
-    tokenizer = run.encoder.tokenizer
-    ids = tokens.encode(tokenizer, texts, run.config.data.max_length).ids_BxL
-    return tokens.decode(tokenizer, ids)
+    return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
 
 
 def _normalised_in_parts(run: Run, texts: Iterable[str]) -> Iterable[str]:

@@ -70,8 +70,8 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
 
 
 def main(argv: list[str]) -> None:
-    commands.refuse_arguments(argv)
     config = _CONFIG.value
+    commands.check(argv, config)
     config_lib.validate(config)
     if _STAGE.value == "describe":
         from cosmos_jax.describe import describe

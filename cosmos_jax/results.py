@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_jax import generate, metrics, workdir
+from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
 
 NUM_EXAMPLES = 5
@@ -50,11 +51,15 @@ def _validation(directory: Path, *, first: bool) -> dict[str, dict[str, Any]]:
 
 
 def _examples(run: Run) -> list[str]:
+    """The first samples, in conditional tasks beside their references, otherwise any real texts."""
     samples = generate.read_samples(run.workdir / "samples.jsonl")[:NUM_EXAMPLES]
+    rows = [run.dataset.test[i] for i in range(min(len(samples), len(run.dataset.test)))]
+    real = tokens.round_trip(
+        run.encoder.tokenizer, [row.text for row in rows], run.config.data.max_length
+    )
     lines = []
-    for i, sample in enumerate(samples):
+    for sample, text in zip(samples, real, strict=False):
         if "source" in sample:
             lines.append(f"source     {sample['source']}")
-        lines.append(f"generated  {sample['text']}")
-        lines.append(f"real       {sample.get('reference', run.dataset.test[i].text)}")
+        lines += [f"generated  {sample['text']}", f"real       {text}"]
     return lines

@@ -76,3 +76,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids_BxL: np.ndarray) -> list[str]
         clean_up_tokenization_spaces=True,
     )
     return [" ".join(text.split()) for text in texts]
+
+
+def round_trip(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> list[str]:
+    """The texts as generated ones look: cut to `max_length` tokens, encoded and decoded."""
+    return decode(tokenizer, encode(tokenizer, texts, max_length).ids_BxL)
