@@ -1,4 +1,7 @@
-"""Draft."""
+"""Everything once, small enough for two CPU cores: 32 tokens of public-domain prose in 8 latents.
+
+bash launch/quickstart.sh
+"""
 
 from cosmos_jax import config as config_lib
 
@@ -9,18 +12,48 @@ def get_config():
     config.encoder.update(config_lib.MINILM)
     config.data.source = "embedded"
     config.data.max_length = 32
+    config.data.max_source_length = 64
+    config.data.num_train_texts = 6_000
     config.data.cache_features = True
-    config.autoencoder.num_latents = 8
-    config.autoencoder.num_layers = 2
-    config.autoencoder.vocabulary = "corpus"
-    config.autoencoder.batch_size = 32
-    config.autoencoder.steps = 2000
-    config.autoencoder.optimizer.warmup_steps = 100
-    config.diffusion.num_layers = 2
-    config.diffusion.batch_size = 64
-    config.diffusion.steps = 200
-    config.diffusion.optimizer.warmup_steps = 50
-    config.diffusion.num_sampling_steps = 50
-    config.generate.num_texts = 100
-    config.generate.batch_size = 50
+
+    ae = config.autoencoder
+    ae.num_latents = 8
+    ae.num_layers = 1
+    ae.num_heads = 6  # heads of 64, as in the paper
+    # A third of the cost is the head: it leaves out 3% of the tokens, the rarest.
+    ae.vocabulary = "corpus"
+    ae.vocabulary_min_count = 2
+    ae.position_std = 20.0
+    ae.dropout = 0.0
+    # The paper's perturbations, in doses for minutes of training instead of days.
+    ae.masked_share = 0.2
+    ae.noised_share = 0.2
+    ae.latent_dropout = 0.1
+    ae.batch_size = 16
+    ae.steps = 1_400
+    ae.optimizer.learning_rate = 1e-3
+    ae.optimizer.warmup_steps = 100
+    ae.optimizer.clip_norm = 1.0
+    ae.statistics_texts = 1_000
+    ae.evaluate_every = 700
+    ae.checkpoint_every = 350
+
+    df = config.diffusion
+    df.num_layers = 4
+    df.condition_layers = 2
+    df.num_heads = 6
+    df.batch_size = 64
+    df.steps = 500
+    df.optimizer.learning_rate = 1e-3
+    df.optimizer.final_learning_rate = 1e-4
+    df.optimizer.warmup_steps = 50
+    df.ema_decay = 0.99
+    df.statistics_texts = 1_000
+    df.num_sampling_steps = 50
+    df.evaluate_every = 250
+    df.checkpoint_every = 250
+
+    config.generate.num_texts = 200
+    config.generate.batch_size = 100
+    config.evaluate.num_texts = 256
     return config

@@ -51,6 +51,7 @@ def base() -> ConfigDict:
     config.data.directory = ""  # where TFDS keeps prepared data; empty: TFDS's own default
     config.data.max_length = 128  # tokens of a text, [CLS] and [SEP] included
     config.data.max_source_length = 512
+    config.data.num_train_texts = 0  # training texts to use, spread over all; 0: all of them
     # Compute the frozen part of each stage once for all training texts and keep it on disk
     # (fp16, in the workdir) while the stage trains. Pays where small data is read many times.
     config.data.cache_features = False
@@ -68,6 +69,9 @@ def base() -> ConfigDict:
     # Tokens the head can say: "encoder" (all of them) or "corpus" (those of the training
     # texts; the others become [UNK]).
     ae.vocabulary = "encoder"
+    # Start of the head: "random", as the paper's, or "regression", a least-squares map from
+    # states to the encoder's word embeddings (`measure.head`), worth hours of training.
+    ae.head_init = "random"
     ae.vocabulary_min_count = 1  # with "corpus": rarer tokens become [UNK] too
     # A workdir whose autoencoder serves this run too; empty: train one here.
     ae.pretrained = ""
@@ -245,7 +249,7 @@ def validate(config: ConfigDict) -> None:
             f"{stage}.accumulate",
             f"a divisor of the batch size, {batch_size}",
         )
-    for field in ("autoencoder.steps", "diffusion.steps"):
+    for field in ("autoencoder.steps", "diffusion.steps", "data.num_train_texts"):
         require(flatten(config)[field] >= 0, field, "0 or more")
     for field in (
         "autoencoder.dropout",
@@ -268,6 +272,7 @@ def validate(config: ConfigDict) -> None:
             f"{stage}.num_heads",
             f"such that {width}, the encoder's width, divides into heads of even width",
         )
+    require(config.autoencoder.position_std > 0, "autoencoder.position_std", "positive")
     require(config.diffusion.num_layers % 2 == 0, "diffusion.num_layers", "even")
     require(config.diffusion.condition_layers >= 1, "diffusion.condition_layers", "at least 1")
     require(1e-3 <= config.diffusion.min_time < 1, "diffusion.min_time", "from 0.001 to below 1")
@@ -277,6 +282,7 @@ def validate(config: ConfigDict) -> None:
         ("diffusion.sampler", ("euler_sde", "euler_ode", "heun", "ddim", "ddpm")),
         ("diffusion.answer", ("mean", "x0")),
         ("autoencoder.vocabulary", ("encoder", "corpus")),
+        ("autoencoder.head_init", ("random", "regression")),
     ):
         require(flatten(config)[field] in choices, field, "one of " + ", ".join(choices))
     for stage in ("autoencoder", "diffusion"):

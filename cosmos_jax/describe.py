@@ -1,5 +1,6 @@
 """`--stage=describe`: sizes and costs of a config from shapes alone; nothing is allocated."""
 
+import functools
 import math
 from typing import Any
 
@@ -66,7 +67,8 @@ def _count(tree: Any) -> int:
 def _state_bytes(stage: Stage, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
     """Bytes of parameters, averaged parameters and optimiser state."""
     transform = optimizer.make(stage.settings.optimizer, max(1, stage.settings.steps))
-    state = jax.eval_shape(lambda key: init_state(stage, transform, key), jax.random.key(0))
+    init = functools.partial(init_state, stage, transform)
+    state = jax.eval_shape(init, jax.random.key(0), stage.frozen)
     trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
     return {name: sharding.bytes_per_device(tree, mesh) for name, tree in trees.items()}
 

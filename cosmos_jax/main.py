@@ -3,6 +3,7 @@
 python -m cosmos_jax.main --config=configs/summarize.py --workdir=runs/xsum
 """
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -39,6 +40,9 @@ def open_run(config: ConfigDict, workdir: Path):
 
     mesh = sharding.make_mesh(config.mesh)
     dataset = sources.load(config.data.source, config.data.directory)
+    if config.data.num_train_texts:
+        train = sources.Spread(dataset.train, config.data.num_train_texts)
+        dataset = dataclasses.replace(dataset, train=train)
     text_encoder = encoder.load(config.encoder.name)
     config = config_lib.resolve(config, text_encoder.config, dataset.conditional)
     return Run(config, workdir, mesh, text_encoder, dataset)

@@ -7,6 +7,7 @@ cost does not grow with the data; the vocabulary of a corpus needs all of it.
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ from cosmos_jax.run import Run
 logger = logging.getLogger(__name__)
 
 Statistics = dict[str, np.ndarray]
+
+# Of `head`: the ridge per token, and a scale at which a good guess is a confident one.
+RIDGE = 1e-3
+HEAD_SCALE = 20.0
 
 
 def vocabulary(run: Run) -> np.ndarray:
@@ -65,8 +70,40 @@ def states(run: Run, model: Cosmos, weights: Weights) -> Statistics:
             jnp.sum(weight_BxLx1),
         )
 
-    mean, std = _mean_and_std(run, "autoencoder", moments, weights)
+    mean, std = _mean_and_std(_sums(run, "autoencoder", moments, weights))
     return {"states_mean": mean, "states_std": std}
+
+
+def head(run: Run, model: Cosmos, weights: Weights) -> Statistics:
+    """A start for the decompressor's head without bias: head_kernel [D, V].
+
+    Word embeddings e_v, centred and of length 1, are predicted from states h by ridge
+    regression, and a state votes for the tokens whose embedding it predicts:
+
+        (1) R = (sum h h^T + c I)^-1 sum h e^T        (2) logit_v = s (h^T R) e_v
+    """
+    words_VxD = run.encoder.params["word_embeddings"]["embedding"][
+        np.asarray(weights["vocabulary"])
+    ]
+    words_VxD = words_VxD - words_VxD.mean(axis=0)
+    words_VxD /= np.linalg.norm(words_VxD, axis=1, keepdims=True)
+
+    def moments(inputs, batch):
+        weights, words_VxD = inputs
+        states_BxLxD = model.text_states(weights, batch["ids"], batch["mask"])
+        states_BxLxD *= batch["mask"][..., None]
+        targets_BxLxD = words_VxD[weights["head_index"][batch["ids"]]]
+        return (
+            jnp.einsum("bld,ble->de", states_BxLxD, states_BxLxD),
+            jnp.einsum("bld,ble->de", states_BxLxD, targets_BxLxD),
+            jnp.sum(batch["mask"], dtype=jnp.float32),
+        )
+
+    inputs = (weights, sharding.put_tree(words_VxD, run.mesh))
+    states_DxD, products_DxD, num_tokens = _sums(run, "autoencoder", moments, inputs)
+    ridge_DxD = RIDGE * num_tokens * np.eye(len(states_DxD))
+    map_DxD = np.linalg.solve(states_DxD + ridge_DxD, products_DxD)
+    return {"head_kernel": (HEAD_SCALE * map_DxD @ words_VxD.T).astype(np.float32)}
 
 
 def latents(run: Run, model: Cosmos, weights: Weights) -> Statistics:
@@ -81,14 +118,19 @@ def latents(run: Run, model: Cosmos, weights: Weights) -> Statistics:
             jnp.float32(latents_BxNxD.shape[0]),
         )
 
-    mean, std = _mean_and_std(run, "diffusion", moments, weights)
+    mean, std = _mean_and_std(_sums(run, "diffusion", moments, weights))
     return {"latents_mean": mean, "latents_std": std}
 
 
-def _mean_and_std(
-    run: Run, stage: str, moments: Callable, weights: Weights
-) -> tuple[np.ndarray, np.ndarray]:
-    """From sums (of x, of x^2, of weights) per batch, added up on the host in fp64."""
+def _mean_and_std(sums: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """From sums of x, of x^2 and of weights."""
+    mean = sums[0] / sums[2]
+    variance = np.maximum(sums[1] / sums[2] - mean**2, MIN_VARIANCE)
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+
+
+def _sums(run: Run, stage: str, moments: Callable, weights: Any) -> list[np.ndarray]:
+    """`moments(weights, batch)`, three sums, added up over batches on the host in fp64."""
     settings = run.config[stage]
     load = run.training_batches(settings.batch_size, f"{stage}/statistics")
     num_texts = min(settings.statistics_texts, len(run.dataset.train))
@@ -103,6 +145,4 @@ def _mean_and_std(
             bar.update()
             if distributed.preempted():
                 raise distributed.Preempted(f"{stage}: nothing to save yet")
-    mean = total[0] / total[2]
-    variance = np.maximum(total[1] / total[2] - mean**2, MIN_VARIANCE)
-    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+    return total

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from cosmos_jax import feature_cache, measure, trained
+from cosmos_jax import feature_cache, measure, sharding, trained
 from cosmos_jax.data.batches import Batch
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import cosmos
 from cosmos_jax.models.cosmos import Cosmos, Weights
 from cosmos_jax.run import Run
-from cosmos_jax.sharding import check_batch_size
 from cosmos_jax.stages import autoencoder, diffusion
 from cosmos_jax.stages.base import Stage
 from cosmos_jax.train import train
@@ -40,8 +39,12 @@ def autoencoder_stage(run: Run) -> tuple[Cosmos, Stage]:
         vocabulary = measure.vocabulary(run)
         model = cosmos.build(run.config, len(vocabulary))
         statistics = {"vocabulary": vocabulary, **measure.states(run, model, frozen)}
-    model = cosmos.build(run.config, len(statistics["vocabulary"]))
-    frozen = {**frozen, **trained.place_statistics(run, statistics)}
+        frozen |= trained.place_statistics(run, statistics)
+        if run.config.autoencoder.head_init == "regression":
+            frozen |= sharding.put_tree(measure.head(run, model, frozen), run.mesh)
+    else:
+        model = cosmos.build(run.config, len(statistics["vocabulary"]))
+        frozen |= trained.place_statistics(run, statistics)
     stage = autoencoder.make(run.config, model, frozen, statistics, run.dataset.fingerprint)
     return model, stage
 
@@ -81,7 +84,7 @@ def train_stage(run: Run, name: str) -> None:
     if step is not None and step >= settings.steps:
         logger.info("%s: finished, %d steps", name, step)
         return
-    check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
+    sharding.check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
     stage = autoencoder_stage(run)[1] if name == "autoencoder" else diffusion_stage(run)[1]
     load: Callable[[int], Batch] = run.training_batches(settings.batch_size, name)
     if run.config.data.cache_features and settings.steps:

@@ -37,8 +37,10 @@ class TrainState(struct.PyTreeNode):
     optimizer: Any
 
 
-def init_state(stage: Stage, transform: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = stage.init(key)
+def init_state(
+    stage: Stage, transform: optax.GradientTransformation, key: jax.Array, frozen: Frozen
+) -> TrainState:
+    params = stage.init(key, frozen)
     ema = params if stage.settings.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, transform.init(params))
 
@@ -206,11 +208,12 @@ def _restore_or_init(
 ) -> tuple[TrainState, Any]:
     """The state to go on from and its layout; parameters never exist unsharded."""
     init = functools.partial(init_state, stage, transform)
-    shapes = jax.eval_shape(init, run.key("shapes"))
+    shapes = jax.eval_shape(init, run.key("shapes"), stage.frozen)
     layout = sharding.layout(shapes, run.mesh)
     found = checkpoints.newest(_items(shapes_on(shapes, layout)))
     if found is None:
-        return jax.jit(init, out_shardings=layout)(run.key(f"{stage.name}/init")), layout
+        key = run.key(f"{stage.name}/init")
+        return jax.jit(init, out_shardings=layout)(key, stage.frozen), layout
     step, items, recorded = found
     for name, value in stage.provenance.items():
         if recorded.get(name) != value:

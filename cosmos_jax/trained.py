@@ -54,7 +54,7 @@ def finished_step(directory: Path) -> int | None:
 def parameters(stage: Stage, run: Run, directory: Path) -> Weights:
     """The trained parameters, averaged ones where the stage keeps an average."""
     item = "ema" if stage.settings.ema_decay else "params"
-    shapes = jax.eval_shape(stage.init, run.key("shapes"))
+    shapes = jax.eval_shape(stage.init, run.key("shapes"), stage.frozen)
     layout = sharding.layout(shapes, run.mesh)
     with Checkpoints(directory, read_only=True) as checkpoints:
         found = checkpoints.newest({item: shapes_on(shapes, layout)})

@@ -40,6 +40,20 @@ class Dataset:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Spread:
+    """`count` of the rows, at equal distances."""
+
+    rows: Rows
+    count: int
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.rows))
+
+    def __getitem__(self, i: int, /) -> Row:
+        return self.rows[i * len(self.rows) // len(self)]
+
+
 # Whether a source's name is followed by `:PATH`.
 SOURCES = {
     "embedded": False,

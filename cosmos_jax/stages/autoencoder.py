@@ -25,21 +25,25 @@ from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
 def make(
     config: ConfigDict, model: Cosmos, frozen: Frozen, statistics: dict[str, np.ndarray], data: str
 ) -> Stage:
-    """The stage; `frozen` holds bert, mask_embedding and the `statistics`."""
+    """The stage; `frozen` holds bert, mask_embedding and the `statistics`.
+
+    With a head_kernel [D, V] in it, the head starts from that.
+    """
     settings = config.autoencoder
     length, width = config.data.max_length, config.encoder.hidden_size
 
-    def init(key: jax.Array) -> Params:
+    def init(key: jax.Array, frozen: Frozen) -> Params:
         compressor_key, decompressor_key = jax.random.split(key)
         states = jnp.zeros((1, length, width))
         latents = jnp.zeros((1, settings.num_latents, width))
         mask = jnp.ones((1, length), bool)
-        return {
-            "compressor": model.compressor.init(compressor_key, states, mask)["params"],
-            "decompressor": model.decompressor.init(decompressor_key, latents, jnp.zeros(width))[
-                "params"
-            ],
-        }
+        compressor = model.compressor.init(compressor_key, states, mask)["params"]
+        decompressor = model.decompressor.init(decompressor_key, latents, jnp.zeros(width))[
+            "params"
+        ]
+        if "head_kernel" in frozen:
+            decompressor = {**decompressor, "head": {"kernel": frozen["head_kernel"]}}
+        return {"compressor": compressor, "decompressor": decompressor}
 
     def features(frozen: Frozen, tokens: Batch) -> Batch:
         if "states" in tokens:

@@ -25,7 +25,7 @@ class Stage:
     Attributes:
       name: of its folder in the workdir and of its lines in metrics.jsonl.
       settings: steps, batch_size, optimizer, ema_decay, intervals; see `config.py`.
-      init: key -> params.
+      init: (key, frozen) -> params.
       features: (frozen, tokens) -> batch. Adds the part of the forward pass that no trained
         parameter and no random number enters; a batch that has it already is left alone, so
         features may be computed once and kept (`feature_cache.py`).
@@ -40,7 +40,7 @@ class Stage:
 
     name: str
     settings: ConfigDict
-    init: Callable[[jax.Array], Params]
+    init: Callable[[jax.Array, Frozen], Params]
     features: Callable[[Frozen, Batch], Batch]
     losses: Callable[[Params, Frozen, Batch, jax.Array], Sums]
     validation: Callable[[Params, Frozen, Batch, jax.Array], Sums]

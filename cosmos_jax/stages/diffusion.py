@@ -29,7 +29,8 @@ def make(
     width, num_latents = config.encoder.hidden_size, config.autoencoder.num_latents
     schedule = TanSchedule(settings.schedule_d)
 
-    def init(key: jax.Array) -> Params:
+    def init(key: jax.Array, frozen: Frozen) -> Params:
+        del frozen
         denoiser_key, condition_key = jax.random.split(key)
         latents = jnp.zeros((1, num_latents, width))
         condition: tuple[jax.Array, ...] = ()
