@@ -79,5 +79,6 @@ def _fill(stage: Stage, run: Run, before: Path | None) -> None:
             arrays[name][start : start + len(value)] = value
         if distributed.preempted():
             raise distributed.Preempted(f"{stage.name}: features will be computed again")
+    load.log_cuts(stage.name)
     for array in arrays.values():
         array.flush()

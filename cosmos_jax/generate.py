@@ -84,6 +84,7 @@ def generate(run: Run) -> None:
                 write(*pending)
             if stopping:
                 raise distributed.Preempted(f"generate: {start + len(rows)} texts are saved")
+    sources.log_cuts("generate")
     if first:
         os.replace(partial, run.workdir / "samples.jsonl")
 

@@ -1,5 +1,6 @@
 """What a run reports while it works: metrics.jsonl, TensorBoard files, a progress bar."""
 
+import functools
 import json
 import logging
 import os
@@ -82,12 +83,18 @@ def _forget(path: Path, stage: str, step: int) -> None:
 
 
 def _tensorboard(directory: Path):
+    writers = _tensorboard_writers()
+    return writers and writers.SummaryWriter(str(directory))
+
+
+@functools.cache  # says once that there are none
+def _tensorboard_writers():
     try:
         from clu import metric_writers
     except ImportError:  # clu's writers need TensorFlow
         logger.info("TensorFlow is not installed: no TensorBoard files, metrics.jsonl has it all")
         return None
-    return metric_writers.SummaryWriter(str(directory))
+    return metric_writers
 
 
 def progress(

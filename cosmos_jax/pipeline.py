@@ -86,7 +86,8 @@ def train_stage(run: Run, name: str) -> None:
         return
     sharding.check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
     stage = autoencoder_stage(run)[1] if name == "autoencoder" else diffusion_stage(run)[1]
-    load: Callable[[int], Batch] = run.training_batches(settings.batch_size, name)
+    tokens = run.training_batches(settings.batch_size, name)
+    load: Callable[[int], Batch] = tokens
     if run.config.data.cache_features and settings.steps:
         before = "autoencoder" if name == "diffusion" else ""
         load = feature_cache.training_batches(stage, run, before)
@@ -94,6 +95,7 @@ def train_stage(run: Run, name: str) -> None:
         run.dataset.valid, settings.batch_size, run.config.evaluate.num_texts
     )
     train(stage, run, load=load, held_out=held_out)
+    tokens.log_cuts(name)
     if name == STAGES[-1]:
         feature_cache.remove(run)
 

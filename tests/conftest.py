@@ -1,6 +1,28 @@
-"""What holds for all tests."""
+"""What holds for all tests, and what they share."""
 
 import os
+import shutil
+import tempfile
+
+import pytest
 
 # No test may reach for the network; read once, when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Many tests compile the same program, some in processes of their own; read once, when JAX is
+# imported.
+_CACHE = tempfile.mkdtemp(prefix="cosmos-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Encoder, texts and configuration of a tiny model; see `tiny.py`."""
+    from tiny import Tiny
+
+    return Tiny(tmp_path_factory.mktemp("tiny"))

@@ -127,16 +127,26 @@ def test_unconditional_rows_have_no_source():
     assert token_batches(rows(5))(0).keys() == {"ids", "mask", "rows"}
 
 
-def test_cut_texts_are_counted_and_logged_once(caplog):
+def test_cut_texts_are_counted_in_the_log(caplog):
     data = [Row("w5 w6 w7", "w5"), Row("w8", "w5 w6 w7 w8 w9")]
     read = token_batches(data, batch_size=2)
     with caplog.at_level("INFO", logger=batches.logger.name):
         for step in range(3):
             read(step)
+        read.log_cuts("here")
     assert (read.cut_texts, read.cut_sources) == (3, 3)
-    assert len(caplog.messages) == 2
-    assert "text is longer than 4 tokens" in caplog.messages[0]
-    assert "source is longer than 6 tokens" in caplog.messages[1]
+    assert caplog.messages == [
+        "here: 3 of the 6 texts read were cut to 4 tokens",
+        "here: 3 of the 6 sources read were cut to 6 tokens",
+    ]
+
+
+def test_nothing_is_logged_where_nothing_was_cut(caplog):
+    read = token_batches([Row("w5", "w6")], batch_size=1)
+    with caplog.at_level("INFO", logger=batches.logger.name):
+        read(0)
+        read.log_cuts("here")
+    assert not caplog.messages
 
 
 @given(num_rows=st.integers(0, 50), batch_size=st.integers(1, 20))

@@ -89,28 +89,34 @@ class _Tokenized:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_source_length = max_source_length
-        self.cut_texts = 0  # so far
+        self.read_texts = 0  # so far
+        self.cut_texts = 0
         self.cut_sources = 0
 
     def read(self, row_B: np.ndarray) -> Batch:
         rows = _read(self.rows, row_B.tolist())
         texts = tokens.encode(self.tokenizer, [row.text for row in rows], self.max_length)
-        self.cut_texts = self._count("text", self.cut_texts, texts.cut_B, self.max_length)
+        self.cut_texts += int(texts.cut_B.sum())
+        self.read_texts += len(rows)
         batch = {"ids": texts.ids_BxL, "mask": texts.mask_BxL, "rows": row_B}
         given = [row.source for row in rows if row.source is not None]
         if given:
             sources = tokens.encode(self.tokenizer, given, self.max_source_length)
-            self.cut_sources = self._count(
-                "source", self.cut_sources, sources.cut_B, self.max_source_length
-            )
+            self.cut_sources += int(sources.cut_B.sum())
             batch |= {"source_ids": sources.ids_BxL, "source_mask": sources.mask_BxL}
         return batch
 
-    def _count(self, what: str, so_far: int, cut_B: np.ndarray, limit: int) -> int:
-        now = int(cut_B.sum())
-        if now and not so_far:
-            logger.info("A %s is longer than %d tokens: cut, as all such will be.", what, limit)
-        return so_far + now
+    def log_cuts(self, name: str) -> None:
+        """Says in the log how many texts and sources were cut, if any were."""
+        for what, number, limit in (
+            ("texts", self.cut_texts, self.max_length),
+            ("sources", self.cut_sources, self.max_source_length),
+        ):
+            if number:
+                logger.info(
+                    "%s: %d of the %d %s read were cut to %d tokens",
+                    *(name, number, self.read_texts, what, limit),
+                )
 
 
 class TokenBatches(_Tokenized):
