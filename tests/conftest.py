@@ -26,3 +26,23 @@ def tiny(tmp_path_factory):
     from tiny import Tiny
 
     return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """The workdir of an unconditional run that was never stopped; copy it to change it."""
+    from cosmos_jax.main import run_stages
+
+    workdir = tmp_path_factory.mktemp("runs") / "texts"
+    run_stages(tiny.config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def finished_pairs(tiny, tmp_path_factory):
+    """The same of a conditional run with guidance."""
+    from cosmos_jax.main import run_stages
+
+    workdir = tmp_path_factory.mktemp("runs") / "pairs"
+    run_stages(tiny.pairs_config(), workdir)
+    return workdir
