@@ -38,7 +38,19 @@ def table(run: Run) -> str:
         rows.append(("BLEU", f"{texts['bleu']['bleu']:.2f}", ""))
     width = max(len(label) for label, _, _ in rows)
     lines = [f"{label:<{width}}  {a:>15}  {b:>15}".rstrip() for label, a, b in rows]
-    return "\n".join([*lines, "", *_examples(run), "", f"Everything is in {run.workdir}"])
+    return "\n".join(["", _summary(run), "", *lines, "", *_examples(run)])
+
+
+def _summary(run: Run) -> str:
+    config, count = run.config, len(run.dataset.train)
+    ae, df = config.autoencoder, config.diffusion
+    trained = f"from {ae.pretrained}" if ae.pretrained else f"trained for {ae.steps:,} steps"
+    return (
+        f"{count:,} texts of {config.data.source}, cut to {config.data.max_length} tokens: an "
+        f"autoencoder to {ae.num_latents} latents, {trained},\nand a denoiser trained for "
+        f"{df.steps:,} steps, sampled in {df.num_sampling_steps} ({df.sampler}). Everything is in\n"
+        f"{run.workdir}"
+    )
 
 
 def _validation(directory: Path, *, first: bool) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -37,21 +38,20 @@ class Run:
         return batches.TokenBatches(
             self.dataset.train,
             self.encoder.tokenizer,
-            max_length=self.config.data.max_length,
-            max_source_length=self.config.data.max_source_length,
             seed=self.data_seed(purpose),
-            batch_size=batch_size,
-            local=sharding.local_rows(batch_size, self.mesh),
+            **self._batch_settings(batch_size),
         )
 
     def ordered_batches(self, rows: Rows, batch_size: int, limit: int) -> batches.OrderedBatches:
         """index -> this process's part of a batch of the first `limit` rows, in order."""
         return batches.OrderedBatches(
-            rows,
-            self.encoder.tokenizer,
-            max_length=self.config.data.max_length,
-            max_source_length=self.config.data.max_source_length,
-            batch_size=batch_size,
-            limit=limit,
-            local=sharding.local_rows(batch_size, self.mesh),
+            rows, self.encoder.tokenizer, limit=limit, **self._batch_settings(batch_size)
         )
+
+    def _batch_settings(self, batch_size: int) -> dict[str, Any]:
+        return {
+            "max_length": self.config.data.max_length,
+            "max_source_length": self.config.data.max_source_length,
+            "batch_size": batch_size,
+            "local": sharding.local_rows(batch_size, self.mesh),
+        }

@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -74,24 +75,23 @@ def prefetch(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(eq=False)
 class _Tokenized:
-    """Rows of a data set as token ids, counting the texts and sources that had to be cut."""
+    """Rows of a data set as token ids, counting the texts and sources that had to be cut.
 
-    def __init__(
-        self,
-        rows: Rows,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        max_source_length: int,
-    ):
-        self.rows = rows
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.max_source_length = max_source_length
-        self.read_texts = 0  # so far
-        self.cut_texts = 0
-        self.cut_sources = 0
+    `local` selects this process's contiguous part of every batch of `batch_size` rows.
+    """
+
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    max_length: int
+    max_source_length: int
+    batch_size: int
+    local: slice = field(default_factory=lambda: slice(None))
+    read_texts: int = field(default=0, init=False)  # so far, every reading of a row anew
+    cut_texts: int = field(default=0, init=False)
+    cut_sources: int = field(default=0, init=False)
 
     def read(self, row_B: np.ndarray) -> Batch:
         rows = _read(self.rows, row_B.tolist())
@@ -119,6 +119,7 @@ class _Tokenized:
                 )
 
 
+@dataclass(eq=False)
 class TokenBatches(_Tokenized):
     """The training batches of this process: call with a step.
 
@@ -126,27 +127,10 @@ class TokenBatches(_Tokenized):
       ids [b, L] int32, mask [b, L] bool: the text, see `tokens.Encoded`
       source_ids [b, S] int32, source_mask [b, S] bool: its source, if rows have one
       rows [b] int64: the rows' numbers
-
-    `cut_texts` and `cut_sources` count those cut so far, every reading of a row anew.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        max_source_length: int,
-        seed: int,
-        batch_size: int,
-        local: slice = slice(None),
-    ):
-        super().__init__(
-            rows, tokenizer, max_length=max_length, max_source_length=max_source_length
-        )
-        self.seed = seed
-        self.batch_size = batch_size
-        self.local = local
+    _: KW_ONLY
+    seed: int
 
     def __call__(self, step: int) -> Batch:
         row_B = row_indices(self.seed, step, self.batch_size, len(self.rows))
@@ -161,6 +145,7 @@ def padded_batches(num_rows: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, min(batch_size, num_rows - start)) for start in range(0, num_rows, batch_size)]
 
 
+@dataclass(eq=False)
 class OrderedBatches(_Tokenized):
     """Rows in order in batches of one shape, for evaluation: call with 0 .. len - 1.
 
@@ -170,24 +155,12 @@ class OrderedBatches(_Tokenized):
     Only the first `limit` rows are read where it is given.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int,
-        max_source_length: int,
-        batch_size: int,
-        limit: int | None = None,
-        local: slice = slice(None),
-    ):
-        super().__init__(
-            rows, tokenizer, max_length=max_length, max_source_length=max_source_length
-        )
-        self.batch_size = batch_size
-        self.local = local
-        num_rows = len(rows) if limit is None else min(limit, len(rows))
-        self.batches = padded_batches(num_rows, batch_size)
+    _: KW_ONLY
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.rows) if self.limit is None else min(self.limit, len(self.rows))
+        self.batches = padded_batches(num_rows, self.batch_size)
 
     def __len__(self) -> int:
         return len(self.batches)
