@@ -27,6 +27,10 @@ def get_config():
     ae.head_init = "regression"
     ae.position_std = 8.0
     ae.dropout = 0.0
+    # The paper's perturbations in half their dose: there are minutes to learn, not days.
+    ae.masked_share = 0.25
+    ae.noised_share = 0.25
+    ae.latent_dropout = 0.2
     ae.batch_size = 16
     ae.steps = 800
     ae.optimizer.learning_rate = 1e-3

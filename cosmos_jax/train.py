@@ -89,7 +89,7 @@ def make_step(
         if ema is not None:
             ema = optimizer.ema_update(ema, params, state.step + 1, stage.settings.ema_decay)
         values = {name: total / weight for name, (total, weight) in sums.items()}
-        values["gradient_norm"] = optax.global_norm(grads)
+        values["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, ema, optimizer_state), values
 
     return step

@@ -97,3 +97,20 @@ def test_vocabulary_of_the_texts(tiny, run, min_count):
 
 def test_vocabulary_of_the_encoder(run):
     np.testing.assert_array_equal(measure.vocabulary(run), np.arange(60))
+
+
+def test_head_is_ridge_regression_on_word_embeddings(tiny, run):
+    model, _, weights = pipeline.all_weights(run)
+    ids, mask = tokenised(tiny)
+    states = np.asarray(model.text_states(weights, ids, mask), np.float64)[mask]
+    words = run.encoder.params["word_embeddings"]["embedding"].astype(np.float64)
+    words = words - words.mean(axis=0)
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    # Ridge regression is least squares with rows of sqrt(c) I that ask for zeros.
+    extra = np.sqrt(measure.RIDGE * len(states)) * np.eye(32)
+    inputs, targets = np.concatenate([states, extra]), words[ids[mask]]
+    solution = np.linalg.lstsq(inputs, np.concatenate([targets, np.zeros((32, 32))]), rcond=None)[0]
+    kernel = measure.head(run, model, weights)["head_kernel"]
+    expected = measure.HEAD_SCALE * solution @ words.T
+    np.testing.assert_allclose(kernel, expected, atol=2e-3 * np.abs(expected).max())
+    assert np.mean(np.argmax(states @ kernel, axis=1) == ids[mask]) > 0.9
