@@ -24,7 +24,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, stage: str, step: int, *, active: bool = True) -> None:
-        """`step` is where the run continues: later lines of the stage are taken back."""
+        """`step` is the last one that stays: later lines of the stage are taken back."""
         self._stage = stage
         self._active = active
         self._tensorboard = None

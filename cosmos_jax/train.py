@@ -140,7 +140,9 @@ def train(
         state, layout = _restore_or_init(stage, run, transform, checkpoints)
         start, fresh = int(state.step), not checkpoints.steps()
         first = distributed.is_first()
-        writer = metrics.MetricWriter(run.workdir, stage.name, start, active=first)
+        # Without a checkpoint the values before training are written again too.
+        since = -1 if fresh else start
+        writer = metrics.MetricWriter(run.workdir, stage.name, since, active=first)
         stack.callback(writer.close)
         bar = stack.enter_context(
             metrics.progress(settings.steps, stage.name, start=start, active=first)
