@@ -9,8 +9,10 @@ import pytest
 # No test may reach for the network; read once, when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Many tests compile the same program, some in processes of their own; read once, when JAX is
-# imported.
+# Tests spend their time compiling: do that fast, as what they run is over in a moment, and keep
+# the programs, which many tests share, also those in processes of their own. Read once, when JAX
+# is imported.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _CACHE = tempfile.mkdtemp(prefix="cosmos-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
