@@ -13,7 +13,7 @@ def get_config():
     config.data.source = "embedded"
     config.data.max_length = 32
     config.data.max_source_length = 64
-    config.data.num_train_texts = 8_000
+    config.data.num_train_texts = 6_000
     config.data.cache_features = True
 
     ae = config.autoencoder
@@ -41,19 +41,19 @@ def get_config():
     ae.checkpoint_every = 200
 
     df = config.diffusion
-    df.num_layers = 4
+    df.num_layers = 2
     df.condition_layers = 2
     df.num_heads = 6
-    df.batch_size = 64
-    df.steps = 360
+    df.batch_size = 32
+    df.steps = 1_400
     df.optimizer.learning_rate = 1e-3
     df.optimizer.final_learning_rate = 1e-4
     df.optimizer.warmup_steps = 50
     df.ema_decay = 0.99
     df.statistics_texts = 640
     df.num_sampling_steps = 50
-    df.evaluate_every = 180
-    df.checkpoint_every = 180
+    df.evaluate_every = 700
+    df.checkpoint_every = 350
 
     config.generate.num_texts = 200
     config.generate.batch_size = 100
