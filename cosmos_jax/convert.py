@@ -33,12 +33,6 @@ from cosmos_jax.models.torch_files import load_torch_file
 
 Tensors = Mapping[str, np.ndarray]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What the files do not tell.")
-_AUTOENCODER = flags.DEFINE_string("autoencoder", "", "The authors' autoencoder.pth.")
-_DIFFUSION = flags.DEFINE_string("diffusion", "", "The authors' diffusion.pth.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory or id; empty: config.encoder.name.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder to make.")
-
 
 def convert(
     config: ConfigDict, autoencoder: Path, diffusion: Path, tokenizer: str, directory: Path
@@ -78,10 +72,11 @@ def convert(
         _denoiser_params(config, tensors, diffusion)
         for tensors in (second["score_estimator"], averages)
     )
+    words = encoder.load_tokenizer(tokenizer)
     # Everything has been read: only now is anything written, and the folder appears whole.
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _write_encoder(sizes, bert, tokenizer, partial / "encoder")
+    _write_encoder(sizes, bert, words, partial / "encoder")
     _write_checkpoint(
         partial / "autoencoder",
         config.autoencoder.steps,
@@ -177,12 +172,12 @@ def _denoiser_params(config: ConfigDict, tensors: Tensors, path: Path) -> dict[s
     return params
 
 
-def _write_encoder(sizes: BertConfig, bert: Tensors, tokenizer: str, directory: Path) -> None:
+def _write_encoder(sizes: BertConfig, bert: Tensors, tokenizer: Any, directory: Path) -> None:
     directory.mkdir(parents=True)
     workdir.write_json(directory / "config.json", sizes.to_huggingface())
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in bert.items()}
     safetensors.numpy.save_file(arrays, directory / "model.safetensors")
-    encoder.load_tokenizer(tokenizer).save_pretrained(str(directory))
+    tokenizer.save_pretrained(str(directory))
 
 
 def _write_checkpoint(directory: Path, step: int, items: dict[str, Any]) -> None:
@@ -191,14 +186,24 @@ def _write_checkpoint(directory: Path, step: int, items: dict[str, Any]) -> None
         checkpoints.save(step, items, {"data": "converted"})
 
 
+def define_flags() -> None:
+    """Not at import: absl's flags are global, and `main.py` has some of the same names."""
+    config_flags.DEFINE_config_file("config", None, "What the files do not tell.")
+    flags.DEFINE_string("autoencoder", "", "The authors' autoencoder.pth.")
+    flags.DEFINE_string("diffusion", "", "The authors' diffusion.pth.")
+    flags.DEFINE_string("tokenizer", "", "Directory or id; empty: config.encoder.name.")
+    flags.DEFINE_string("workdir", "", "Folder to make.")
+
+
 def main(argv: list[str]) -> None:
-    commands.check(argv, _CONFIG.value)
-    directory = Path(_WORKDIR.value).absolute()
+    options = flags.FLAGS
+    commands.check(argv, options.config)
+    directory = Path(options.workdir).absolute()
     config = convert(
-        _CONFIG.value,
-        Path(_AUTOENCODER.value),
-        Path(_DIFFUSION.value),
-        _TOKENIZER.value or _CONFIG.value.encoder.name,
+        options.config,
+        Path(options.autoencoder),
+        Path(options.diffusion),
+        options.tokenizer or options.config.encoder.name,
         directory,
     )
     print(
@@ -209,4 +214,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     commands.run(main, required=("config", "autoencoder", "diffusion", "workdir"))
