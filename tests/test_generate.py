@@ -1,0 +1,118 @@
+"""samples.jsonl: going on where a kill left it, and starting anew when the question changed."""
+
+import json
+import shutil
+
+import pytest
+import tiny as tiny_lib
+
+from cosmos_jax import distributed, evaluate, generate
+from cosmos_jax.main import open_run, run_stages
+
+
+@pytest.fixture
+def workdir(finished_pairs, tmp_path):
+    """A copy of a conditional run whose texts may be changed."""
+    return shutil.copytree(finished_pairs, tmp_path / "run")
+
+
+def rewind(workdir, count, ending=""):
+    """Leaves the first texts, marked as old, in the partial file, and what a kill left."""
+    samples = tiny_lib.read_rows(workdir / "samples.jsonl")
+    (workdir / "samples.jsonl").unlink()
+    partial = workdir / "samples.partial.jsonl"
+    tiny_lib.write_rows(partial, [{**sample, "text": "old"} for sample in samples[:count]])
+    with partial.open("a") as file:
+        file.write(ending)
+    return samples
+
+
+def generated(workdir):
+    samples = tiny_lib.read_rows(workdir / "samples.jsonl")
+    assert not (workdir / "samples.partial.jsonl").exists()
+    return samples
+
+
+@pytest.mark.parametrize(("kept", "ending"), [(4, ""), (5, ""), (4, '{"text": "tal'), (4, "{}\n{")])
+def test_texts_that_are_there_are_kept(tiny, workdir, kept, ending):
+    """In batches of 4: what goes beyond the first is made again."""
+    expected = rewind(workdir, kept, ending)
+    run_stages(tiny.pairs_config(), workdir, "generate")
+    samples = generated(workdir)
+    assert [sample["text"] for sample in samples[:4]] == ["old"] * 4
+    assert samples[4:] == expected[4:]
+
+
+def test_all_texts_were_there(tiny, workdir, monkeypatch):
+    rewind(workdir, 6)
+    monkeypatch.delattr("cosmos_jax.generate.make_generator")
+    run_stages(tiny.pairs_config(), workdir, "generate")
+    assert [sample["text"] for sample in generated(workdir)] == ["old"] * 6
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples.partial.jsonl"])
+def test_texts_of_another_sampler_are_cleared_away(tiny, workdir, name):
+    if name == "samples.partial.jsonl":
+        rewind(workdir, 4)
+    else:
+        samples = tiny_lib.read_rows(workdir / name)
+        tiny_lib.write_rows(workdir / name, [{**sample, "text": "old"} for sample in samples])
+    run_stages(tiny.pairs_config(diffusion__answer="x0"), workdir, "generate")
+    samples = generated(workdir)
+    assert len(samples) == 6
+    assert "old" not in {sample["text"] for sample in samples}
+    identity = json.loads((workdir / "generation.json").read_text())["identity"]
+    assert identity["answer"] == "x0"
+
+
+def test_fewer_texts_are_the_first_ones(tiny, workdir, monkeypatch):
+    expected = tiny_lib.read_rows(workdir / "samples.jsonl")
+    monkeypatch.delattr("cosmos_jax.generate.make_generator")
+    run_stages(tiny.pairs_config(generate__num_texts=3), workdir, "generate")
+    assert generated(workdir) == expected[:3]
+
+
+def test_a_stop_is_after_a_whole_batch(tiny, workdir, monkeypatch):
+    expected = rewind(workdir, 0)
+    monkeypatch.setattr(distributed, "preempted", lambda: True)
+    with pytest.raises(distributed.Preempted, match="generate: 4 texts are saved"):
+        run_stages(tiny.pairs_config(), workdir, "generate")
+    assert tiny_lib.read_rows(workdir / "samples.partial.jsonl") == expected[:4]
+    monkeypatch.undo()
+    run_stages(tiny.pairs_config(), workdir, "generate")
+    assert generated(workdir) == expected
+
+
+def test_texts_depend_on_the_seed(tiny, workdir):
+    expected = rewind(workdir, 0)
+    (workdir / "samples.partial.jsonl").unlink()
+    for seed, same in ((0, True), (1, False)):
+        # Below the check of the config, as the run was trained with seed 0.
+        generate.generate(open_run(tiny.pairs_config(seed=seed), workdir))
+        samples = generated(workdir)
+        assert (samples == expected) is same
+        assert [s["source"] for s in samples] == [s["source"] for s in expected]
+        (workdir / "samples.jsonl").unlink()
+
+
+def test_perfect_texts_get_full_marks(tiny, workdir):
+    rows = tiny_lib.read_rows(tiny.pairs / "test.jsonl")[:6]
+    samples = [
+        {"text": row["target"], "source": row["source"], "reference": row["target"]} for row in rows
+    ]
+    tiny_lib.write_rows(workdir / "samples.jsonl", samples)
+    run = tiny.run(workdir, tiny.pairs)
+    scores = evaluate.score_texts(run, workdir / "samples.jsonl")
+    assert scores["rouge"]["rougeL"] == pytest.approx(100)
+    assert scores["bleu"]["bleu"] == pytest.approx(100)
+    assert scores["generated"] == scores["real"]
+    assert scores["memorisation"] == 0
+    train = tiny_lib.read_rows(tiny.pairs / "train.jsonl")
+    for sample, row in zip(samples, train, strict=False):
+        sample["text"] = row["target"]
+    samples[0]["text"] = ""
+    tiny_lib.write_rows(workdir / "samples.jsonl", samples)
+    scores = evaluate.score_texts(run, workdir / "samples.jsonl")
+    assert scores["memorisation"] == 1
+    assert scores["empty"] == 1
+    assert scores["bleu"]["bleu"] < 10
