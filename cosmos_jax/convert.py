@@ -189,10 +189,10 @@ def _write_checkpoint(directory: Path, step: int, items: dict[str, Any]) -> None
 def define_flags() -> None:
     """Not at import: absl's flags are global, and `main.py` has some of the same names."""
     config_flags.DEFINE_config_file("config", None, "What the files do not tell.")
-    flags.DEFINE_string("autoencoder", "", "The authors' autoencoder.pth.")
-    flags.DEFINE_string("diffusion", "", "The authors' diffusion.pth.")
+    flags.DEFINE_string("autoencoder", None, "The authors' autoencoder.pth.")
+    flags.DEFINE_string("diffusion", None, "The authors' diffusion.pth.")
     flags.DEFINE_string("tokenizer", "", "Directory or id; empty: config.encoder.name.")
-    flags.DEFINE_string("workdir", "", "Folder to make.")
+    flags.DEFINE_string("workdir", None, "Folder to make.")
 
 
 def main(argv: list[str]) -> None:
