@@ -70,7 +70,7 @@ def all_weights(run: Run) -> tuple[Cosmos, Stage, Weights]:
     """The model, stage two and the weights of both stages, which must be finished."""
     model, stage, weights = diffusion_stage(run)
     directory = run.workdir / "diffusion"
-    _require_finished(run, "diffusion", directory)
+    _require_same_autoencoder(run, _require_finished(run, "diffusion", directory))
     return model, stage, {**weights, **trained.parameters(stage, run, directory)}
 
 
@@ -82,6 +82,8 @@ def train_stage(run: Run, name: str) -> None:
     settings = run.config[name]
     step = trained.finished_step(run.workdir / name)
     if step is not None and step >= settings.steps:
+        if name == "diffusion":
+            _require_same_autoencoder(run, step)
         logger.info("%s: finished, %d steps", name, step)
         return
     sharding.check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
@@ -98,6 +100,18 @@ def train_stage(run: Run, name: str) -> None:
     tokens.log_cuts(name)
     if name == STAGES[-1]:
         feature_cache.remove(run)
+
+
+def _require_same_autoencoder(run: Run, step: int) -> None:
+    """UserError if the autoencoder was trained on since the diffusion learned its latents."""
+    directory, autoencoder = run.workdir / "diffusion", autoencoder_directory(run)
+    learned = trained.provenance(directory, step).get("autoencoder_step")
+    now = trained.finished_step(autoencoder)
+    if learned not in (None, now):  # a converted checkpoint records none
+        raise UserError(
+            f"{directory} learned the latents of the autoencoder at step {learned}, but "
+            f"{autoencoder} is at step {now}: delete {directory} to train it again"
+        )
 
 
 def _require_finished(run: Run, name: str, directory: Path) -> int:

@@ -51,6 +51,12 @@ def finished_step(directory: Path) -> int | None:
     return steps[0] if steps else None
 
 
+def provenance(directory: Path, step: int) -> dict[str, Any]:
+    """What a stage recorded with its checkpoint of a step."""
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.metadata(step)
+
+
 def parameters(stage: Stage, run: Run, directory: Path) -> Weights:
     """The trained parameters, averaged ones where the stage keeps an average."""
     item = "ema" if stage.settings.ema_decay else "params"

@@ -330,3 +330,10 @@ def test_every_config_at_its_full_size(name):
     # 2 operations for each weight and token: at least the weights' share must be there.
     tokens = config.data.max_length * config.autoencoder.batch_size
     assert description["flops"]["autoencoder_training_step"] > 6 * counts["compressor"] * tokens / 4
+
+
+def test_an_autoencoder_trained_on_does_not_fit_the_diffusion_any_more(tiny, tmp_path, finished):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    steps = tiny.config().autoencoder.steps + 2
+    with pytest.raises(UserError, match=r"latents of the autoencoder at step \d+, but .* delete"):
+        run_stages(tiny.config(autoencoder__steps=steps), workdir)
