@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cosmos_jax import distributed, pipeline, provenance, text_metrics, workdir
+from cosmos_jax import distributed, pipeline, provenance, text_metrics, trained, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import Rows
 from cosmos_jax.errors import UserError
@@ -35,8 +35,8 @@ def evaluate(run: Run) -> None:
         "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
         "data": run.dataset.fingerprint,
         "num_texts": run.config.evaluate.num_texts,
-        "autoencoder_step": pipeline.trained.finished_step(pipeline.autoencoder_directory(run)),
-        "diffusion_step": pipeline.trained.finished_step(run.workdir / "diffusion"),
+        "autoencoder_step": trained.finished_step(pipeline.autoencoder_directory(run)),
+        "diffusion_step": trained.finished_step(run.workdir / "diffusion"),
     }
     recorded = workdir.read_json(path)
     if recorded is not None and recorded["identity"] == identity:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cosmos_jax import distributed, metrics, pipeline, provenance, sharding, workdir
+from cosmos_jax import distributed, metrics, pipeline, provenance, sharding, trained, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
 from cosmos_jax.sampling import make_generator
@@ -33,7 +33,7 @@ def generate(run: Run) -> None:
         logger.info("generate: one text for each of the %d test sources", num_texts)
     identity = {
         **stage.provenance,
-        "diffusion_step": pipeline.trained.finished_step(run.workdir / "diffusion"),
+        "diffusion_step": trained.finished_step(run.workdir / "diffusion"),
         **{
             name: run.config.diffusion[name]
             for name in ("sampler", "num_sampling_steps", "min_time", "answer", "guidance")
