@@ -109,10 +109,11 @@ def base() -> ConfigDict:
 
     config.generate = ConfigDict()
     config.generate.num_texts = 1_000
-    config.generate.batch_size = 250
+    config.generate.batch_size = 256
 
     config.evaluate = ConfigDict()
     config.evaluate.num_texts = 1_000  # held-out texts for reconstruction and losses
+    config.evaluate.batch_size = 256
 
     # Devices along each axis; -1: what is left.
     config.mesh = ConfigDict()
@@ -140,28 +141,39 @@ def _optimizer(*, final_learning_rate: float, clip_norm: float) -> ConfigDict:
 
 
 def _intervals(stage: ConfigDict) -> None:
-    """Steps between log lines, evaluations and checkpoints; parts of a batch."""
+    """Steps between log lines, evaluations and checkpoints; how a batch is computed."""
     # A batch is computed in this many parts, one after the other, to save memory.
     stage.accumulate = 1
+    # Compute the activations of each block again in the backward pass, to save memory.
+    stage.remat = False
     stage.log_every = 50
     stage.evaluate_every = 5_000
     stage.checkpoint_every = 1_000
-    stage.keep_checkpoints = 2
+    stage.keep_checkpoints = 2  # the last ones
+    # Keep also the best checkpoint by this metric, such as "validation_loss", and let the later
+    # stages use that one; empty: they use the last. Steps that are not evaluated do not compete.
+    stage.best_metric = ""
 
 
 # Fields that a run may change after it has begun: what it has trained stays usable.
 FREE = (
     "data.directory",
     "autoencoder.steps",
+    "autoencoder.accumulate",
+    "autoencoder.remat",
     "autoencoder.log_every",
     "autoencoder.evaluate_every",
     "autoencoder.checkpoint_every",
     "autoencoder.keep_checkpoints",
+    "autoencoder.best_metric",
     "diffusion.steps",
+    "diffusion.accumulate",
+    "diffusion.remat",
     "diffusion.log_every",
     "diffusion.evaluate_every",
     "diffusion.checkpoint_every",
     "diffusion.keep_checkpoints",
+    "diffusion.best_metric",
     "diffusion.sampler",
     "diffusion.num_sampling_steps",
     "diffusion.min_time",
@@ -230,7 +242,7 @@ def validate(config: ConfigDict) -> None:
         "data.max_source_length",
         "autoencoder.num_latents",
         "diffusion.num_sampling_steps",
-        *(f"{stage}.batch_size" for stage in ("autoencoder", "diffusion", "generate")),
+        *(f"{stage}.batch_size" for stage in ("autoencoder", "diffusion", "generate", "evaluate")),
         *(f"{stage}.num_layers" for stage in ("autoencoder", "diffusion")),
         *(f"{stage}.statistics_texts" for stage in ("autoencoder", "diffusion")),
         *(f"{stage}.log_every" for stage in ("autoencoder", "diffusion")),

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from cosmos_jax import distributed, metrics, pipeline, provenance, sharding, trained, workdir
+from cosmos_jax import distributed, metrics, pipeline, provenance, sharding, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
 from cosmos_jax.sampling import make_generator
+from cosmos_jax.stages.base import row_keys
 
 logger = logging.getLogger(__name__)
 
@@ -25,68 +25,69 @@ logger = logging.getLogger(__name__)
 def generate(run: Run) -> None:
     """Generates `config.generate.num_texts` texts, for conditional tasks one per test source."""
     settings = run.config.generate
-    sharding.check_batch_size(settings.batch_size, run.mesh, "generate.batch_size")
-    model, stage, weights = pipeline.all_weights(run)
+    finished = pipeline.finished(run)
+    model, first = finished.model, distributed.is_first()
     num_texts = settings.num_texts
     if model.conditional and num_texts > len(run.dataset.test):
         num_texts = len(run.dataset.test)
         logger.info("generate: one text for each of the %d test sources", num_texts)
     identity = {
-        **stage.provenance,
-        "diffusion_step": trained.finished_step(run.workdir / "diffusion"),
+        **finished.identity,
         **{
             name: run.config.diffusion[name]
             for name in ("sampler", "num_sampling_steps", "min_time", "answer", "guidance")
         },
-        "batch_size": settings.batch_size,
     }
-    done = _resume(run.workdir, identity, num_texts) if distributed.is_first() else 0
-    done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+    batch_size = run.even_batch_size(min(settings.batch_size, num_texts))
+    done = distributed.on_first(lambda: _resume(run.workdir, identity, num_texts, batch_size))
     if done >= num_texts:
         logger.info("generate: finished, %d texts", num_texts)
         return
 
-    generator = jax.jit(make_generator(run.config, model))
+    generator = make_generator(run.config, model)
+
+    @jax.jit
+    def compiled(weights, key, batch):
+        source = (batch["source_ids"], batch["source_mask"]) if model.conditional else None
+        return generator(weights, row_keys(key, batch["rows"]), source)
+
     key = run.key("generate")
-    sources = run.ordered_batches(run.dataset.test, settings.batch_size, num_texts)
-    first = distributed.is_first()
+    sources = run.ordered_batches(run.dataset.test, settings.batch_size, num_texts, done)
+    local = sharding.local_rows(batch_size, run.mesh)
     partial = run.workdir / "samples.partial.jsonl"
     bar = metrics.progress(num_texts, "generate", start=done, unit="text", active=first)
 
     def write(start: int, ids: jax.Array) -> None:
         ids_BxL = distributed.gather(ids)[: num_texts - start]
-        if first:
-            texts = tokens.decode(run.encoder.tokenizer, ids_BxL)
-            with open(partial, "a", encoding="utf-8") as file:
-                for i, text in enumerate(texts, start):
-                    file.write(json.dumps(_sample(run, i, text), ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        distributed.on_first(lambda: _append(run, partial, start, ids_BxL))
         bar.update(len(ids_BxL))
 
     with bar:
         pending: tuple[int, jax.Array] | None = None
-        for start in range(done, num_texts, settings.batch_size):
-            rows = np.arange(start, start + settings.batch_size)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-            keys = jax.device_put(keys, sharding.batch_layout(run.mesh))
-            source = None
-            if model.conditional:
-                batch = sharding.put_batch(sources(start // settings.batch_size), run.mesh)
-                source = (batch["source_ids"], batch["source_mask"])
-            ids = generator(weights, keys, source)
+        for index, start in enumerate(range(done, num_texts, batch_size)):
+            batch = sources(index) if model.conditional else {"rows": start + local}
+            ids = compiled(finished.weights, key, sharding.put_batch(batch, run.mesh))
             # Decoding and writing the batch before goes on while the device computes this one.
             if pending is not None:
                 write(*pending)
             pending = (start, ids)
-            stopping = distributed.preempted()
-            if stopping or start + len(rows) >= num_texts:
+            stopping, end = distributed.preempted(), min(num_texts, start + batch_size)
+            if stopping or end == num_texts:
                 write(*pending)
-            if stopping:
-                raise distributed.Preempted(f"generate: {start + len(rows)} texts are saved")
+            if stopping and end < num_texts:
+                raise distributed.Preempted(f"generate: {end} texts are saved")
     sources.log_cuts("generate")
-    if first:
-        os.replace(partial, run.workdir / "samples.jsonl")
+    distributed.on_first(lambda: partial.replace(run.workdir / "samples.jsonl") and None)
+
+
+def _append(run: Run, path: Path, start: int, ids_BxL: np.ndarray) -> None:
+    """Writes texts, the first of which has the number `start`, to the end of a file."""
+    texts = tokens.decode(run.encoder.tokenizer, ids_BxL)
+    samples = [_sample(run, i, text) for i, text in enumerate(texts, start)]
+    with workdir.writing(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sample(run: Run, i: int, text: str) -> dict[str, str]:
@@ -109,8 +110,11 @@ def read_samples(path: Path) -> list[dict[str, str]]:
     return samples
 
 
-def _resume(directory: Path, identity: dict[str, Any], num_texts: int) -> int:
-    """How many texts of this identity there are already; clears away those of another."""
+def _resume(directory: Path, identity: dict[str, Any], num_texts: int, batch_size: int) -> int:
+    """How many texts of this identity there are already, in whole batches unless all are.
+
+    Clears away those of another identity.
+    """
     record, final = directory / "generation.json", directory / "samples.jsonl"
     partial = directory / "samples.partial.jsonl"
     recorded = workdir.read_json(record)
@@ -126,7 +130,7 @@ def _resume(directory: Path, identity: dict[str, Any], num_texts: int) -> int:
         os.replace(final, partial)
     samples = read_samples(partial)[:num_texts]
     if len(samples) < num_texts:
-        samples = samples[: len(samples) - len(samples) % identity["batch_size"]]
+        samples = samples[: len(samples) - len(samples) % batch_size]
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
     workdir.write_text(partial, "".join(lines))
     if len(samples) == num_texts:

@@ -3,6 +3,7 @@
 python -m cosmos_jax.main --config=configs/summarize.py --workdir=runs/xsum
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -55,13 +56,16 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
       UserError: something the user can mend.
       distributed.Preempted: SIGTERM came; the same call goes on from there.
     """
+    import jax
+
     from cosmos_jax import evaluate, generate, pipeline, results
     from cosmos_jax.workdir import claim, locked
 
-    run = open_run(config, workdir)
+    run = distributed.in_turn(lambda: open_run(config, workdir))
     wanted = STAGES[1:-1] if stage == "all" else (stage,)
-    with locked(workdir):
-        claim(workdir, run.config)
+    with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):
+        distributed.on_first(lambda: stack.enter_context(locked(workdir)))
+        distributed.on_first(lambda: claim(workdir, run.config))
         for name in wanted:
             if name in pipeline.STAGES:
                 pipeline.train_stage(run, name)

@@ -41,12 +41,15 @@ def vocabulary(run: Run) -> np.ndarray:
     rows, length = run.dataset.train, run.config.data.max_length
     counts = np.zeros(run.config.encoder.vocab_size, np.int64)
     active = distributed.is_first()
+    # Each process counts in its own share of the texts.
+    first, step = jax.process_index() * batch_size, jax.process_count() * batch_size
     with metrics.progress(len(rows), "vocabulary", unit="text", active=active) as bar:
-        for start in range(0, len(rows), batch_size):
+        for start in range(first, len(rows), step):
             texts = [rows[i].text for i in range(start, min(start + batch_size, len(rows)))]
             encoded = tokens.encode(run.encoder.tokenizer, texts, length)
             counts += np.bincount(encoded.ids_BxL[encoded.mask_BxL], minlength=len(counts))
-            bar.update(len(texts))
+            bar.update(min(step, len(rows) - bar.n))
+    counts = distributed.add_up(counts)
     used = counts >= settings.vocabulary_min_count
     used[run.encoder.tokenizer.unk_token_id] = True
     logger.info(
@@ -136,7 +139,7 @@ def _sums(run: Run, stage: str, moments: Callable, weights: Any) -> list[np.ndar
     num_texts = min(settings.statistics_texts, len(run.dataset.train))
     steps = range(max(1, num_texts // settings.batch_size))
     total = [np.zeros(()) for _ in range(3)]
-    compiled = jax.jit(moments)
+    compiled = jax.jit(moments, out_shardings=sharding.replicated(run.mesh))
     bar = metrics.progress(len(steps), f"{stage}: statistics", active=distributed.is_first())
     with contextlib.closing(prefetch(load, steps)) as batches, bar:
         for _, batch in batches:

@@ -1,8 +1,10 @@
 """From a run to its stages: what each is given of what the one before it left."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cosmos_jax import feature_cache, measure, sharding, trained
 from cosmos_jax.data.batches import Batch
@@ -17,6 +19,22 @@ from cosmos_jax.train import train
 logger = logging.getLogger(__name__)
 
 STAGES = ("autoencoder", "diffusion")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finished:
+    """Both stages, trained.
+
+    Attributes:
+      stages: by name.
+      weights: all that `model` takes, the parameters of both stages included.
+      identity: what these weights are: the data, and the step of each stage.
+    """
+
+    model: Cosmos
+    stages: dict[str, Stage]
+    weights: Weights
+    identity: dict[str, Any]
 
 
 def autoencoder_directory(run: Run) -> Path:
@@ -49,12 +67,13 @@ def autoencoder_stage(run: Run) -> tuple[Cosmos, Stage]:
     return model, stage
 
 
-def diffusion_stage(run: Run) -> tuple[Cosmos, Stage, Weights]:
-    """The model, stage two, and the weights of stage one, which must be finished."""
-    model, first = autoencoder_stage(run)
+def diffusion_stage(run: Run) -> Finished:
+    """Both stages, with the weights of stage one, which must be finished."""
     directory = autoencoder_directory(run)
-    step = _require_finished(run, "autoencoder", directory)
-    weights = {**first.frozen, **trained.parameters(first, run, directory)}
+    _require_finished(run, "autoencoder", directory)
+    model, first = autoencoder_stage(run)
+    step, params = trained.parameters(first, run, directory)
+    weights = {**first.frozen, **params}
     if model.conditional:
         weights |= trained.no_source(run, model, weights)
     statistics = trained.statistics(run.workdir / "diffusion")
@@ -62,16 +81,23 @@ def diffusion_stage(run: Run) -> tuple[Cosmos, Stage, Weights]:
         statistics = measure.latents(run, model, weights)
     weights |= trained.place_statistics(run, statistics)
     frozen = {name: value for name, value in weights.items() if name != "decompressor"}
-    stage = diffusion.make(run.config, model, frozen, statistics, run.dataset.fingerprint, step)
-    return model, stage, weights
+    second = diffusion.make(run.config, model, frozen, statistics, run.dataset.fingerprint, step)
+    return Finished(model, {"autoencoder": first, "diffusion": second}, weights, second.provenance)
 
 
-def all_weights(run: Run) -> tuple[Cosmos, Stage, Weights]:
-    """The model, stage two and the weights of both stages, which must be finished."""
-    model, stage, weights = diffusion_stage(run)
+def finished(run: Run) -> Finished:
+    """Both stages with the weights of both, which must be finished."""
     directory = run.workdir / "diffusion"
-    _require_same_autoencoder(run, _require_finished(run, "diffusion", directory))
-    return model, stage, {**weights, **trained.parameters(stage, run, directory)}
+    _require_finished(run, "autoencoder", autoencoder_directory(run))
+    _require_finished(run, "diffusion", directory)
+    half = diffusion_stage(run)
+    step, params = trained.parameters(half.stages["diffusion"], run, directory)
+    _require_same_autoencoder(run, half.stages["diffusion"], step)
+    return dataclasses.replace(
+        half,
+        weights={**half.weights, **params},
+        identity={**half.identity, "diffusion_step": step},
+    )
 
 
 def train_stage(run: Run, name: str) -> None:
@@ -80,21 +106,27 @@ def train_stage(run: Run, name: str) -> None:
         logger.info("autoencoder: taken from %s", run.config.autoencoder.pretrained)
         return
     settings = run.config[name]
-    step = trained.finished_step(run.workdir / name)
-    if step is not None and step >= settings.steps:
-        if name == "diffusion":
-            _require_same_autoencoder(run, step)
-        logger.info("%s: finished, %d steps", name, step)
-        return
     sharding.check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
-    stage = autoencoder_stage(run)[1] if name == "autoencoder" else diffusion_stage(run)[1]
+    if name == "autoencoder":
+        _, stage = autoencoder_stage(run)
+    else:
+        stage = diffusion_stage(run).stages[name]
+    step = trained.newest_step(run.workdir / name)
+    if step is not None and step >= settings.steps:
+        # Only if that checkpoint can be read; otherwise its steps are trained again.
+        step, _ = trained.parameters(stage, run, run.workdir / name, newest=True)
+        if step >= settings.steps:
+            if name == "diffusion":
+                _require_same_autoencoder(run, stage, step)
+            logger.info("%s: finished, %d steps", name, step)
+            return
     tokens = run.training_batches(settings.batch_size, name)
     load: Callable[[int], Batch] = tokens
     if run.config.data.cache_features and settings.steps:
         before = "autoencoder" if name == "diffusion" else ""
         load = feature_cache.training_batches(stage, run, before)
     held_out = run.ordered_batches(
-        run.dataset.valid, settings.batch_size, run.config.evaluate.num_texts
+        run.dataset.valid, run.config.evaluate.batch_size, run.config.evaluate.num_texts
     )
     train(stage, run, load=load, held_out=held_out)
     tokens.log_cuts(name)
@@ -102,29 +134,29 @@ def train_stage(run: Run, name: str) -> None:
         feature_cache.remove(run)
 
 
-def _require_same_autoencoder(run: Run, step: int) -> None:
-    """UserError if the autoencoder was trained on since the diffusion learned its latents."""
-    directory, autoencoder = run.workdir / "diffusion", autoencoder_directory(run)
+def _require_same_autoencoder(run: Run, stage: Stage, step: int) -> None:
+    """UserError if the diffusion learned the latents of another step of the autoencoder."""
+    directory, now = run.workdir / "diffusion", stage.provenance["autoencoder_step"]
     learned = trained.provenance(directory, step).get("autoencoder_step")
-    now = trained.finished_step(autoencoder)
     if learned not in (None, now):  # a converted checkpoint records none
         raise UserError(
             f"{directory} learned the latents of the autoencoder at step {learned}, but "
-            f"{autoencoder} is at step {now}: delete {directory} to train it again"
+            f"{autoencoder_directory(run)} is at step {now}: delete {directory} to train it again"
         )
 
 
-def _require_finished(run: Run, name: str, directory: Path) -> int:
-    """The last step of a stage; UserError if it is not done."""
-    step = trained.finished_step(directory)
+def _require_finished(run: Run, name: str, directory: Path) -> None:
+    """UserError if a stage is not done."""
+    if name == "autoencoder" and run.config.autoencoder.pretrained:
+        return  # whatever was trained there will do
+    step = trained.newest_step(directory)
     if step is None:
         raise UserError(
             f"{directory} holds no checkpoint: run --stage={name} first (or --stage=all)"
         )
     steps = run.config[name].steps
-    if directory.parent == run.workdir and step < steps:
+    if step < steps:
         raise UserError(
             f"{directory} is at step {step} of {steps}: finish it with --stage={name} (or "
             f"--stage=all), or be content with it by --config.{name}.steps={step}"
         )
-    return step

@@ -42,11 +42,25 @@ class Run:
             **self._batch_settings(batch_size),
         )
 
-    def ordered_batches(self, rows: Rows, batch_size: int, limit: int) -> batches.OrderedBatches:
-        """index -> this process's part of a batch of the first `limit` rows, in order."""
+    def ordered_batches(
+        self, rows: Rows, batch_size: int, limit: int, start: int = 0
+    ) -> batches.OrderedBatches:
+        """index -> this process's part of a batch of rows `start` to `limit`, in order.
+
+        Batches are made larger where the mesh needs that, and no larger than the rows need.
+        """
         return batches.OrderedBatches(
-            rows, self.encoder.tokenizer, limit=limit, **self._batch_settings(batch_size)
+            rows,
+            self.encoder.tokenizer,
+            limit=limit,
+            start=start,
+            **self._batch_settings(self.even_batch_size(min(batch_size, limit))),
         )
+
+    def even_batch_size(self, batch_size: int) -> int:
+        """The next size that splits evenly over the mesh."""
+        parts = sharding.batch_parts(self.mesh)
+        return max(1, -(-batch_size // parts)) * parts
 
     def _batch_settings(self, batch_size: int) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from cosmos_jax.diffusion import samplers
 from cosmos_jax.diffusion.schedule import TanSchedule
 from cosmos_jax.models.cosmos import Cosmos, Weights
+from cosmos_jax.sharding import split_batch
 
 Source = tuple[jax.Array, jax.Array]
 """Token ids [B, S] and mask [B, S] of the sources."""
@@ -32,9 +33,8 @@ def make_generator(
             condition = _condition(model, weights, source, settings.guidance != 1)
 
         def noise(step: jax.Array) -> jax.Array:
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(
-                keys_B
-            )
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+            return split_batch(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
         x_0 = samplers.sample(
             _denoise(model, weights, condition, settings.guidance),

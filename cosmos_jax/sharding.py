@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from cosmos_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 # The first rule that matches a path decides. Optimiser state and EMA carry their
 # parameter's path at their end, so they follow it.
@@ -90,16 +91,39 @@ def layout(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 def batch_layout(mesh: Mesh) -> NamedSharding:
     """The first axis split over all devices but those that share a tensor axis."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device: what the host reads must be whole on each process."""
+    return NamedSharding(mesh, P())
+
+
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
     """UserError if a batch does not split evenly."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     if batch_size % parts:
         raise UserError(
             f"config.{field} is {batch_size}, not a multiple of the mesh's {parts} parts"
         )
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first axis of an activation split as the batch is, within `jax.set_mesh`.
+
+    Without it the compiler may follow the layout of the parameters instead, and hold the
+    activations of the whole batch on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % batch_parts(mesh):
+        return x
+    free = (P.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *free))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -128,8 +152,12 @@ def bytes_per_device(tree: Any, mesh: AbstractMesh) -> int:
     )
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of a global batch that this process must load."""
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that this process must load, ascending.
+
+    They need not lie together: `jax.make_mesh` orders devices by how they are connected.
+    """
     indices = batch_layout(mesh).addressable_devices_indices_map((batch_size,)).values()
-    slices = [index[0].indices(batch_size) for index in indices if index is not None]
-    return slice(min(s[0] for s in slices), max(s[1] for s in slices))
+    return np.unique(
+        np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index is not None])
+    )

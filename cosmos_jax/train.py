@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -95,28 +95,38 @@ def make_step(
     return step
 
 
+Totals = dict[str, list[float]]
+"""name -> [sum, weight] over texts, on the host."""
+
+
 def make_validation(
     stage: Stage, run: Run, held_out: OrderedBatches
-) -> Callable[[Params, Frozen], dict[str, float]]:
-    """(params, frozen) -> means over the held-out texts of `held_out`."""
+) -> Callable[[Params], Iterator[Totals]]:
+    """params -> sums over each batch of `held_out`; `means` makes one answer of them."""
     key = run.key(f"{stage.name}/validation")
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
     def sums(params, frozen, batch):
         return stage.validation(params, frozen, stage.features(frozen, batch), key)
 
-    def validate(params, frozen):
-        totals: dict[str, list[float]] = {}
+    def validate(params: Params) -> Iterator[Totals]:
         for batch in map(held_out, range(len(held_out))):
-            for name, pair in jax.device_get(
-                sums(params, frozen, sharding.put_batch(batch, run.mesh))
-            ).items():
-                total = totals.setdefault(name, [0.0, 0.0])
-                total[0] += float(pair[0])
-                total[1] += float(pair[1])
-        return {f"validation_{name}": total / weight for name, (total, weight) in totals.items()}
+            found = sums(params, stage.frozen, sharding.put_batch(batch, run.mesh))
+            yield {name: [float(x) for x in pair] for name, pair in jax.device_get(found).items()}
 
     return validate
+
+
+def add(totals: Totals, more: Totals) -> Totals:
+    """Sums over the texts of both; `totals` may be empty."""
+    return {
+        name: [a + b for a, b in zip(totals.get(name, [0.0, 0.0]), pair, strict=True)]
+        for name, pair in more.items()
+    }
+
+
+def means(totals: Totals) -> dict[str, float]:
+    return {name: total / weight for name, (total, weight) in totals.items()}
 
 
 def train(
@@ -135,7 +145,11 @@ def train(
     transform = optimizer.make(settings.optimizer, settings.steps)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(run.workdir / stage.name, keep=settings.keep_checkpoints)
+            Checkpoints(
+                run.workdir / stage.name,
+                keep=settings.keep_checkpoints,
+                best=settings.best_metric,
+            )
         )
         state, layout = _restore_or_init(stage, run, transform, checkpoints)
         start, fresh = int(state.step), not checkpoints.steps()
@@ -148,14 +162,24 @@ def train(
             metrics.progress(settings.steps, stage.name, start=start, active=first)
         )
         step_fn = jax.jit(
-            make_step(stage, transform), donate_argnums=0, out_shardings=(layout, None)
+            make_step(stage, transform),
+            donate_argnums=0,
+            out_shardings=(layout, sharding.replicated(run.mesh)),
         )
         key = run.key(f"{stage.name}/step")
         validate = make_validation(stage, run, held_out)
 
-        def evaluate(step: int) -> None:
+        def evaluate(step: int) -> metrics.Values:
             params = state.params if state.ema is None else state.ema
-            writer.write(step, validate(params, stage.frozen))
+            values = means(functools.reduce(add, validate(params), {}))
+            values = {f"validation_{name}": value for name, value in values.items()}
+            if settings.best_metric not in ("", *values):
+                raise UserError(
+                    f"config.{stage.name}.best_metric is {settings.best_metric!r}; it must be one "
+                    f"of {', '.join(values)}"
+                )
+            writer.write(step, values)
+            return values
 
         def report(step: int, values: dict[str, jax.Array]) -> None:
             host = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -170,16 +194,16 @@ def train(
                 writer.write(step, {**host, "learning_rate": float(rate)})
                 bar.set_postfix(loss=f"{host['loss']:.4f}", refresh=False)
 
-        def save(step: int) -> None:
+        def save(step: int, values: metrics.Values | None) -> None:
             # A checkpoint must not be newer than the metrics that led to it.
             writer.sync()
             items = {**_items(state), "statistics": stage.statistics}
-            checkpoints.save(step, items, stage.provenance)
+            checkpoints.save(step, items, stage.provenance, values)
 
         if fresh:
-            evaluate(0)
+            values = evaluate(0)
             if not settings.steps:
-                save(0)
+                save(0, values)
         steps = range(start, settings.steps)
         pending = None
         for step, batch in stack.enter_context(contextlib.closing(prefetch(load, steps))):
@@ -195,10 +219,10 @@ def train(
             if evaluating or saving:
                 report(*pending)
                 pending = None
-            if evaluating:
-                evaluate(done)
+            validation = evaluate(done) if evaluating else None
             if saving:
-                save(done)
+                save(done, validation)
+            checkpoints.check()
             bar.update()
             if stopping and not last:
                 checkpoints.wait()

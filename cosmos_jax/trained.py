@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cosmos_jax import sharding
+from cosmos_jax import distributed, sharding
 from cosmos_jax.checkpoint import Checkpoints, shapes_on
 from cosmos_jax.errors import UserError
 from cosmos_jax.models.cosmos import Cosmos, Weights, inverse_vocabulary
@@ -35,16 +34,16 @@ def place_statistics(run: Run, statistics: dict[str, np.ndarray]) -> Weights:
 
 def statistics(directory: Path) -> dict[str, np.ndarray] | None:
     """What a stage measured before it began, or None if it has no checkpoint yet."""
-    if not directory.exists():
+    if not _exists(directory):
         return None
     with Checkpoints(directory, read_only=True) as checkpoints:
         found = checkpoints.newest({"statistics": None})
-    return None if found is None else found[1]["statistics"]
+    return None if found is None else jax.tree.map(np.asarray, found[1]["statistics"])
 
 
-def finished_step(directory: Path) -> int | None:
-    """The newest step of a stage, or None."""
-    if not directory.exists():
+def newest_step(directory: Path) -> int | None:
+    """The newest step that a stage has saved, or None."""
+    if not _exists(directory):
         return None
     with Checkpoints(directory, read_only=True) as checkpoints:
         steps = checkpoints.steps()
@@ -57,18 +56,30 @@ def provenance(directory: Path, step: int) -> dict[str, Any]:
         return checkpoints.metadata(step)
 
 
-def parameters(stage: Stage, run: Run, directory: Path) -> Weights:
-    """The trained parameters, averaged ones where the stage keeps an average."""
+def parameters(
+    stage: Stage, run: Run, directory: Path, *, newest: bool = False
+) -> tuple[int, Weights]:
+    """The step and the trained parameters, averaged ones where the stage keeps an average.
+
+    They are of the newest checkpoint that can be read, or of the best one where
+    `stage.settings.best_metric` says by what, unless `newest` is asked for.
+    """
     item = "ema" if stage.settings.ema_decay else "params"
     shapes = jax.eval_shape(stage.init, run.key("shapes"), stage.frozen)
     layout = sharding.layout(shapes, run.mesh)
     with Checkpoints(directory, read_only=True) as checkpoints:
-        found = checkpoints.newest({item: shapes_on(shapes, layout)})
+        best = "" if newest else stage.settings.best_metric
+        found = checkpoints.newest({item: shapes_on(shapes, layout)}, best=best)
     if found is None:
         raise UserError(
             f"{directory} holds no checkpoint: run --stage={stage.name} first (or --stage=all)"
         )
-    return found[1][item]
+    return found[0], found[1][item]
+
+
+def _exists(directory: Path) -> bool:
+    """As the first process sees it: a network's file system may tell others later."""
+    return distributed.on_first(directory.exists)
 
 
 def no_source(run: Run, model: Cosmos, weights: Weights) -> Weights:
@@ -78,6 +89,7 @@ def no_source(run: Run, model: Cosmos, weights: Weights) -> Weights:
     ids_S = np.full(length, tokenizer.pad_token_id, np.int32)
     ids_S[:2] = tokenizer.cls_token_id, tokenizer.sep_token_id
     mask_S = np.arange(length) < 2
-    states_1xSxD = jax.jit(model.text_states)(weights, jnp.array(ids_S[None]), mask_S[None])
+    compiled = jax.jit(model.text_states, out_shardings=sharding.replicated(run.mesh))
+    states_1xSxD = compiled(weights, ids_S[None], mask_S[None])
     host = {"no_source_states": np.asarray(states_1xSxD[0]), "no_source_mask": mask_S}
     return sharding.put_tree(host, run.mesh)

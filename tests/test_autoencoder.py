@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from random_params import random_params
 
+from cosmos_jax.models import layers
 from cosmos_jax.models.autoencoder import (
     AutoencoderConfig,
     Block,
@@ -75,7 +76,7 @@ def decompressor(dropout: float = 0.5):
     latents = rng.normal(size=(3, 3, 16)).astype(np.float32)
     embedding = rng.normal(size=16).astype(np.float32)
     params = random_params(module, latents, embedding)
-    apply = jax.jit(functools.partial(module.apply, params), static_argnames="deterministic")
+    apply = jax.jit(functools.partial(module.apply, params))
     return apply, latents, embedding
 
 
@@ -121,18 +122,26 @@ def test_decompressor_rows_are_independent_and_positions_differ():
 
 def test_dropout_only_when_asked_for():
     apply, latents, embedding = decompressor()
-    keys = [{"dropout": jax.random.key(i)} for i in (0, 0, 1)]
+    keys = [jax.random.split(jax.random.key(i), 3) for i in (0, 0, 1)]
     still, _ = apply(latents, embedding)
-    first, again, other = (
-        apply(latents, embedding, deterministic=False, rngs=key)[0] for key in keys
-    )
+    first, again, other = (apply(latents, embedding, key)[0] for key in keys)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
     assert np.abs(first - still).max() > 1e-2
     # Equal rows of a batch are perturbed differently.
     equal = np.broadcast_to(latents[:1], latents.shape)
-    noisy, _ = apply(equal, embedding, deterministic=False, rngs=keys[0])
+    noisy, _ = apply(equal, embedding, keys[0])
     assert np.abs(noisy[0] - noisy[1]).max() > 1e-2
+    # A text's noise is its key's, whatever the batch around it.
+    alone, _ = apply(latents[1:2], embedding, keys[0][1:2])
+    np.testing.assert_allclose(alone[0], first[1], atol=1e-5)
+
+
+def test_dropout_keeps_its_share_and_the_mean():
+    x = np.ones((2, 100, 200), np.float32)
+    found = layers.dropout(x, 0.25, jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_allclose(np.unique(found), [0, 1 / 0.75], rtol=1e-6)
+    np.testing.assert_allclose(found.mean(axis=(1, 2)), 1, atol=0.02)
 
 
 def test_without_dropout_training_and_inference_agree():
@@ -140,9 +149,8 @@ def test_without_dropout_training_and_inference_agree():
     module = Decompressor(dataclasses.replace(TINY, dropout=1e-12))
     apply, latents, embedding = decompressor(0.0)
     params = apply.__wrapped__.args[0]
-    training = jax.jit(functools.partial(module.apply, deterministic=False))(
-        params, latents, embedding, rngs={"dropout": jax.random.key(0)}
-    )
+    keys = jax.random.split(jax.random.key(0), len(latents))
+    training = jax.jit(module.apply)(params, latents, embedding, keys)
     for a, b in zip(training, apply(latents, embedding), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -190,14 +198,14 @@ def test_feed_forward():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 8)) + 5
     module = FeedForward(0.1, jnp.float32)
-    params = random_params(module, x.astype(np.float32), deterministic=True)
+    params = random_params(module, x.astype(np.float32))
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
     h = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     h = (h * p["norm"]["scale"] + p["norm"]["bias"]) @ p["up"]["kernel"] + p["up"]["bias"]
     assert h.shape[-1] == 32
     h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
     expected = h @ p["down"]["kernel"] + p["down"]["bias"]
-    actual = module.apply(params, x.astype(np.float32), deterministic=True)
+    actual = module.apply(params, x.astype(np.float32))
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -232,6 +240,5 @@ def test_only_the_decompressor_has_gates():
     for gated in (False, True):
         block = Block(TINY, gated, jnp.float32)
         x = jax.ShapeDtypeStruct((1, 3, 16), jnp.float32)
-        init = functools.partial(block.init, deterministic=True)
-        params = jax.eval_shape(init, jax.random.key(0), x, x, None)["params"]
+        params = jax.eval_shape(block.init, jax.random.key(0), x, x, None)["params"]
         assert ("attention_gate" in params) == ("mlp_gate" in params) == gated

@@ -63,7 +63,7 @@ def test_unconditional_checkpoints(tiny, config, tmp_path):
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
 
     run = open_run(recorded, workdir)
-    _, _, weights = pipeline.all_weights(run)
+    weights = pipeline.finished(run).weights
     first, second = (load_torch_file(FIXTURE / f"{n}.pth") for n in ("autoencoder", "diffusion"))
     names = list(second["score_estimator"])
     name = "encoder.input_blocks.0.self_attn.query.weight"
@@ -110,7 +110,7 @@ def test_conditional_checkpoints(tiny, config, tmp_path):
     rows = tiny_lib.read_rows(tiny.pairs / "test.jsonl")
     samples = tiny_lib.read_rows(workdir / "samples.jsonl")
     assert [s["reference"] for s in samples] == [row["target"] for row in rows[:3]]
-    _, _, weights = pipeline.all_weights(open_run(config, workdir))
+    weights = pipeline.finished(open_run(config, workdir)).weights
     second = load_torch_file(conditional)
     name = "conditional_encoder.blocks.1.mlp.down_proj.weight"
     average = second["ema"]["shadow_params"][list(second["score_estimator"]).index(name)]

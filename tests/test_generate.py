@@ -95,6 +95,11 @@ def test_texts_depend_on_the_seed(tiny, workdir):
         (workdir / "samples.jsonl").unlink()
 
 
+def score_texts(run, workdir):
+    scores = evaluate.text_scores(run, workdir / "samples.jsonl")
+    return {name: score() for name, score in scores.items()}
+
+
 def test_perfect_texts_get_full_marks(tiny, workdir):
     rows = tiny_lib.read_rows(tiny.pairs / "test.jsonl")[:6]
     samples = [
@@ -102,7 +107,7 @@ def test_perfect_texts_get_full_marks(tiny, workdir):
     ]
     tiny_lib.write_rows(workdir / "samples.jsonl", samples)
     run = tiny.run(workdir, tiny.pairs)
-    scores = evaluate.score_texts(run, workdir / "samples.jsonl")
+    scores = score_texts(run, workdir)
     assert scores["rouge"]["rougeL"] == pytest.approx(100)
     assert scores["bleu"]["bleu"] == pytest.approx(100)
     assert scores["generated"] == scores["real"]
@@ -112,7 +117,7 @@ def test_perfect_texts_get_full_marks(tiny, workdir):
         sample["text"] = row["target"]
     samples[0]["text"] = ""
     tiny_lib.write_rows(workdir / "samples.jsonl", samples)
-    scores = evaluate.score_texts(run, workdir / "samples.jsonl")
+    scores = score_texts(run, workdir)
     assert scores["memorisation"] == 1
     assert scores["empty"] == 1
     assert scores["bleu"]["bleu"] < 10

@@ -155,7 +155,7 @@ def test_a_finished_run_finds_its_work_done(complete, capsys, monkeypatch):
     # Nothing is trained or sampled: the functions that would are not there.
     monkeypatch.delattr("cosmos_jax.train.make_step")
     monkeypatch.delattr("cosmos_jax.generate.make_generator")
-    monkeypatch.delattr("cosmos_jax.evaluate.held_out_losses")
+    monkeypatch.delattr("cosmos_jax.evaluate.held_out_sums")
     run_stages(config, workdir)
     assert state(workdir) == before
     table = capsys.readouterr().out

@@ -50,7 +50,8 @@ def test_a_dead_feature_is_not_blown_up(run):
 
 
 def test_latents_per_slot_and_feature(tiny, run):
-    model, _, weights = pipeline.all_weights(run)
+    finished = pipeline.finished(run)
+    model, weights = finished.model, finished.weights
     ids, mask = tokenised(tiny)
     states = model.bert.apply({"params": weights["bert"]}, ids, mask)
     states = (states - weights["states_mean"]) / weights["states_std"]
@@ -100,7 +101,8 @@ def test_vocabulary_of_the_encoder(run):
 
 
 def test_head_is_ridge_regression_on_word_embeddings(tiny, run):
-    model, _, weights = pipeline.all_weights(run)
+    finished = pipeline.finished(run)
+    model, weights = finished.model, finished.weights
     ids, mask = tokenised(tiny)
     states = np.asarray(model.text_states(weights, ids, mask), np.float64)[mask]
     words = run.encoder.params["word_embeddings"]["embedding"].astype(np.float64)

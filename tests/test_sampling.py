@@ -25,7 +25,8 @@ class Latents(Cosmos):
 def trained(tiny, finished_pairs):
     """config -> a generator of latents; weights; sources; keys."""
     run = tiny.run(finished_pairs, tiny.pairs)
-    model, _, weights = pipeline.all_weights(run)
+    finished = pipeline.finished(run)
+    model, weights = finished.model, finished.weights
     encoded = tokens.encode(run.encoder.tokenizer, SOURCES, run.config.data.max_source_length)
     source = (jnp.array(encoded.ids_BxL), jnp.array(encoded.mask_BxL))
     keys = jax.random.split(jax.random.key(8), len(SOURCES))

@@ -116,10 +116,10 @@ class Decoded:
     predicted: Any
     logits: Any
 
-    def compress(self, weights, states, mask, dropout_key=None):
+    def compress(self, weights, states, mask, dropout_keys=None):
         return jnp.zeros((len(states), N, D))
 
-    def decompress(self, weights, latents, dropout_key=None):
+    def decompress(self, weights, latents, dropout_keys=None):
         return self.predicted, self.logits
 
 

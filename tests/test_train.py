@@ -100,14 +100,14 @@ def test_steps_of_a_linear_model_by_hand(parts):
 def opened(tiny, finished_pairs):
     """Both stages of a conditional run, with trained parameters, a batch, and the model."""
     run = open_run(tiny.pairs_config(), finished_pairs)
-    first = pipeline.autoencoder_stage(run)[1]
-    model, second, weights = pipeline.all_weights(run)
+    finished = pipeline.finished(run)
+    model, weights = finished.model, finished.weights
     batch = run.training_batches(8, "test")(3)
     return {
         stage.name: (stage, {name: weights[name] for name in names}, batch, model)
         for stage, names in (
-            (first, ("compressor", "decompressor")),
-            (second, ("denoiser", "condition_encoder")),
+            (finished.stages["autoencoder"], ("compressor", "decompressor")),
+            (finished.stages["diffusion"], ("denoiser", "condition_encoder")),
         )
     }
 
@@ -152,6 +152,7 @@ def test_a_step_of_the_autoencoder_by_hand(opened):
     states = jax.jit(model.bert.apply)({"params": frozen["bert"]}, batch["ids"], mask)
     states = (states - frozen["states_mean"]) / frozen["states_std"]
     keys = row_keys(jax.random.fold_in(jax.random.key(2), 6), batch["rows"])
+    keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
     seen, visible, keep = autoencoder.perturb(stage.settings, states, mask, keys, (4, 32))
     assert not np.array_equal(seen, states)
     assert not np.array_equal(visible, mask)

@@ -124,6 +124,7 @@ class Tiny:
                 "diffusion.min_time": 0.6,
                 "generate.num_texts": 6,
                 "generate.batch_size": 4,
+                "evaluate.batch_size": 8,
                 **{
                     f"{stage}.{name}": value
                     for stage in ("autoencoder", "diffusion")

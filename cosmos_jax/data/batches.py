@@ -79,7 +79,7 @@ def prefetch(
 class _Tokenized:
     """Rows of a data set as token ids, counting the texts and sources that had to be cut.
 
-    `local` selects this process's contiguous part of every batch of `batch_size` rows.
+    `local` selects this process's part of every batch of `batch_size` rows.
     """
 
     rows: Rows
@@ -88,7 +88,7 @@ class _Tokenized:
     max_length: int
     max_source_length: int
     batch_size: int
-    local: slice = field(default_factory=lambda: slice(None))
+    local: slice | np.ndarray = field(default_factory=lambda: slice(None))
     read_texts: int = field(default=0, init=False)  # so far, every reading of a row anew
     cut_texts: int = field(default=0, init=False)
     cut_sources: int = field(default=0, init=False)
@@ -137,12 +137,14 @@ class TokenBatches(_Tokenized):
         return self.read(row_B[self.local])
 
 
-def padded_batches(num_rows: int, batch_size: int) -> list[tuple[int, int]]:
-    """(first row, number of rows) of the batches that cover `num_rows` rows in order.
+def padded_batches(num_rows: int, batch_size: int, start: int = 0) -> list[tuple[int, int]]:
+    """(first row, number of rows) of the batches that cover rows `start` to `num_rows` in order.
 
     All but the last are full; the last is to be padded to `batch_size`.
     """
-    return [(start, min(batch_size, num_rows - start)) for start in range(0, num_rows, batch_size)]
+    return [
+        (first, min(batch_size, num_rows - first)) for first in range(start, num_rows, batch_size)
+    ]
 
 
 @dataclass(eq=False)
@@ -152,15 +154,16 @@ class OrderedBatches(_Tokenized):
     Batches as of `TokenBatches`, and
       real [b] bool: False on rows that repeat the last one to fill the last batch
 
-    Only the first `limit` rows are read where it is given.
+    Only the first `limit` rows are read where it is given, and those before `start` are not.
     """
 
     _: KW_ONLY
     limit: int | None = None
+    start: int = 0
 
     def __post_init__(self) -> None:
         num_rows = len(self.rows) if self.limit is None else min(self.limit, len(self.rows))
-        self.batches = padded_batches(num_rows, self.batch_size)
+        self.batches = padded_batches(num_rows, self.batch_size, self.start)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -15,7 +15,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cosmos_jax.models.layers import Dtype, FeedForward, RMSNorm, attend, linear, split_heads
+from cosmos_jax.models.layers import (
+    Dtype,
+    FeedForward,
+    RMSNorm,
+    attend,
+    fold_in,
+    linear,
+    rematerialised,
+    split_heads,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +39,7 @@ class AutoencoderConfig:
     vocab_size: int
     dropout: float = 0.1
     position_std: float = 1.0
+    remat: bool = False
 
     @property
     def num_positions(self) -> int:
@@ -100,17 +110,14 @@ class Block(nn.Module):
         queries_BxTxD: jax.Array,
         memory_BxMxD: jax.Array,
         mask_BxM: jax.Array | None,
-        *,
-        deterministic: bool,
+        dropout_keys_B: jax.Array | None = None,
     ) -> jax.Array:
         x = queries_BxTxD
         branch = MemoryAttention(self.config.num_heads, self.dtype, name="attention")(
             x, memory_BxMxD, mask_BxM
         )
         x = x + (Gate(name="attention_gate")(branch) if self.gated else branch)
-        branch = FeedForward(self.config.dropout, self.dtype, name="mlp")(
-            x, deterministic=deterministic
-        )
+        branch = FeedForward(self.config.dropout, self.dtype, name="mlp")(x, dropout_keys_B)
         return x + (Gate(name="mlp_gate")(branch) if self.gated else branch)
 
 
@@ -132,9 +139,15 @@ class Compressor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, states_BxLxD: jax.Array, mask_BxL: jax.Array, *, deterministic: bool = True
+        self,
+        states_BxLxD: jax.Array,
+        mask_BxL: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns latents [B, N, D]; positions with a False mask are not attended to."""
+        """Returns latents [B, N, D]; positions with a False mask are not attended to.
+
+        Dropout, as in training, only with a key for each text.
+        """
         config = self.config
         batch, length, _ = states_BxLxD.shape
         queries_NxD = self.param(
@@ -144,9 +157,10 @@ class Compressor(nn.Module):
         tokens_BxLxD = (states_BxLxD + positions[:length]).astype(self.dtype)
         queries_NxD = RMSNorm(name="norm_queries")(queries_NxD).astype(self.dtype)
         x_BxNxD = jnp.broadcast_to(queries_NxD, (batch, *queries_NxD.shape))
+        block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
-            x_BxNxD = Block(config, gated=False, dtype=self.dtype, name=f"layers_{i}")(
-                x_BxNxD, tokens_BxLxD, mask_BxL, deterministic=deterministic
+            x_BxNxD = block(config, gated=False, dtype=self.dtype, name=f"layers_{i}")(
+                x_BxNxD, tokens_BxLxD, mask_BxL, fold_in(dropout_keys_B, i)
             )
         return RMSNorm(name="norm_out")(x_BxNxD.astype(jnp.float32))
 
@@ -159,27 +173,33 @@ class Decompressor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents_BxNxD: jax.Array, mask_embedding_D: jax.Array, *, deterministic: bool = True
+        self,
+        latents_BxNxD: jax.Array,
+        mask_embedding_D: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the predicted standardised states [B, L, D] and the logits [B, L, V], fp32.
 
         `mask_embedding_D` is the word embedding of [MASK] in the frozen text encoder, from
-        which every query starts.
+        which every query starts. Dropout, as in training, only with a key for each text.
         """
         config = self.config
         batch = latents_BxNxD.shape[0]
         positions = _position_table(self, config)
         memory_BxNxD = (latents_BxNxD + positions[: config.num_latents]).astype(self.dtype)
         # All positions start alike, so one row does, unless dropout treats each of them apart.
-        rows = (1, 1) if deterministic or not config.dropout else (batch, config.max_length)
+        alike = dropout_keys_B is None or not config.dropout
+        rows = (1, 1) if alike else (batch, config.max_length)
         start = FeedForward(config.dropout, self.dtype, name="mask_mlp")(
-            jnp.broadcast_to(mask_embedding_D, (*rows, config.width)), deterministic=deterministic
+            jnp.broadcast_to(mask_embedding_D, (*rows, config.width)),
+            fold_in(dropout_keys_B, config.num_layers),
         )
         start = Gate(name="mask_gate")(start) + positions[: config.max_length]
         x_BxLxD = jnp.broadcast_to(start, (batch, *start.shape[1:])).astype(self.dtype)
+        block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
-            x_BxLxD = Block(config, gated=True, dtype=self.dtype, name=f"layers_{i}")(
-                x_BxLxD, memory_BxNxD, None, deterministic=deterministic
+            x_BxLxD = block(config, gated=True, dtype=self.dtype, name=f"layers_{i}")(
+                x_BxLxD, memory_BxNxD, None, fold_in(dropout_keys_B, i)
             )
         logits_BxLxV = linear(config.vocab_size, config.width, dtype=self.dtype, name="head")(
             x_BxLxD

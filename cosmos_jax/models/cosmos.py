@@ -57,15 +57,14 @@ class Cosmos:
         weights: Weights,
         states_BxLxD: jax.Array,
         mask_BxL: jax.Array,
-        dropout_key: jax.Array | None = None,
+        dropout_keys_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Latents, [B, N, D] fp32, as the decompressor reads them; dropout only with a key."""
-        return _apply(
-            self.compressor, weights["compressor"], states_BxLxD, mask_BxL, **_dropout(dropout_key)
-        )
+        """Latents, [B, N, D] fp32, as the decompressor reads them; dropout only with keys."""
+        params = weights["compressor"]
+        return _apply(self.compressor, params, states_BxLxD, mask_BxL, dropout_keys_B)
 
     def decompress(
-        self, weights: Weights, latents_BxNxD: jax.Array, dropout_key: jax.Array | None = None
+        self, weights: Weights, latents_BxNxD: jax.Array, dropout_keys_B: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Predicted standardised states [B, L, D] and logits over head rows [B, L, V]."""
         return _apply(
@@ -73,7 +72,7 @@ class Cosmos:
             weights["decompressor"],
             latents_BxNxD,
             weights["mask_embedding"],
-            **_dropout(dropout_key),
+            dropout_keys_B,
         )
 
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
@@ -100,12 +99,8 @@ class Cosmos:
         return _apply(self.denoiser, weights["denoiser"], *inputs)
 
 
-def _dropout(key: jax.Array | None) -> dict[str, Any]:
-    return {} if key is None else {"deterministic": False, "rngs": {"dropout": key}}
-
-
-def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None, **options: Any) -> Any:
-    return module.apply({"params": params}, *inputs, **options)
+def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None) -> Any:
+    return module.apply({"params": params}, *inputs)
 
 
 def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
@@ -128,6 +123,7 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         vocab_size=vocabulary_size,
         dropout=config.autoencoder.dropout,
         position_std=config.autoencoder.position_std,
+        remat=config.autoencoder.remat,
     )
     denoiser = DenoiserConfig(
         width=encoder.hidden_size,
@@ -135,6 +131,7 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         num_layers=config.diffusion.num_layers,
         condition_layers=config.diffusion.condition_layers if config.data.conditional else 0,
         max_source_length=config.data.max_source_length if config.data.conditional else 0,
+        remat=config.diffusion.remat,
     )
     return Cosmos(
         Bert(bert, dtype),

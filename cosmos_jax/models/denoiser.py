@@ -14,7 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cosmos_jax.models.layers import Dtype, RMSNorm, SwiGLU, attend, linear, rotate, split_heads
+from cosmos_jax.models.layers import (
+    Dtype,
+    RMSNorm,
+    SwiGLU,
+    attend,
+    linear,
+    rematerialised,
+    rotate,
+    split_heads,
+)
 
 # Periods of the time features run from 2 pi to 2 pi times this; t itself stays in [0, 1].
 TIME_MAX_PERIOD = 10.0
@@ -33,6 +42,7 @@ class DenoiserConfig:
     condition_layers: int = 0
     max_source_length: int = 0
     mlp_width: int = 0
+    remat: bool = False
 
     @property
     def conditional(self) -> bool:
@@ -102,8 +112,9 @@ class ConditionEncoder(nn.Module):
     def __call__(self, states_BxSxD: jax.Array, mask_BxS: jax.Array) -> jax.Array:
         config = self.config
         x = states_BxSxD.astype(self.dtype)
+        block = rematerialised(Block, config.remat)
         for i in range(config.condition_layers):
-            x = Block(config, self.dtype, name=f"layers_{i}")(x, mask_BxS)
+            x = block(config, self.dtype, name=f"layers_{i}")(x, mask_BxS)
         x = RMSNorm(name="norm_out")(x.astype(jnp.float32))
         positions_SxD = self.param(
             "positions", nn.initializers.normal(1.0), (config.max_source_length, config.width)
@@ -152,6 +163,7 @@ class Denoiser(nn.Module):
         if condition_BxSxD is not None:
             condition_BxSxD = condition_BxSxD.astype(dtype)
         skips = []
+        block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
             if i < config.num_layers // 2:
                 skips.append(x)
@@ -164,7 +176,7 @@ class Denoiser(nn.Module):
                 estimate
             )
             x = x + time[:, None] + guess
-            x = Block(config, dtype, name=f"layers_{i}")(
+            x = block(config, dtype, name=f"layers_{i}")(
                 x, None, condition_BxSxD, condition_mask_BxS
             )
         return RMSNorm(name="norm_out")(x.astype(jnp.float32))

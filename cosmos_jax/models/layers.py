@@ -65,6 +65,22 @@ def attend(
     return out_BxTxHxK.reshape(*out_BxTxHxK.shape[:2], -1)
 
 
+def fold_in(keys_B: jax.Array | None, number: int) -> jax.Array | None:
+    """The keys of one layer, or None where there are none."""
+    return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+
+
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+    """Zeroes a share of the elements and scales the others up; nothing without keys.
+
+    Each text has a key of its own, so that what it loses does not depend on the batch.
+    """
+    if keys_B is None or not rate:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 class FeedForward(nn.Module):
     """LayerNorm, Dense to 4 D, exact GELU, dropout, Dense to D; the autoencoder's MLP."""
 
@@ -72,7 +88,7 @@ class FeedForward(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys_B: jax.Array | None = None) -> jax.Array:
         width = x.shape[-1]
         # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
         x = nn.LayerNorm(epsilon=NORM_EPS, dtype=jnp.float32, use_fast_variance=False, name="norm")(
@@ -80,8 +96,13 @@ class FeedForward(nn.Module):
         )
         x = linear(4 * width, width, use_bias=True, dtype=self.dtype, name="up")(x)
         x = nn.gelu(x, approximate=False)
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        x = dropout(x, self.dropout, dropout_keys_B)
         return linear(width, 4 * width, use_bias=True, dtype=self.dtype, name="down")(x)
+
+
+def rematerialised(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+    """The block, or one whose activations the backward pass computes again to save memory."""
+    return nn.remat(block) if remat else block
 
 
 class SwiGLU(nn.Module):

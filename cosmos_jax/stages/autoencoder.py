@@ -53,15 +53,15 @@ def make(
 
     def losses(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
         keys_B = row_keys(key, batch["rows"])
-        dropout_keys = jax.random.split(jax.random.fold_in(key, batch["rows"][0]))
+        perturb_keys, compressor_keys, decompressor_keys = jnp.unstack(
+            jax.vmap(lambda key: jax.random.split(key, 3))(keys_B), axis=1
+        )
         states, visible, keep_latents = perturb(
-            settings, batch["states"], batch["mask"], keys_B, (settings.num_latents, width)
+            settings, batch["states"], batch["mask"], perturb_keys, (settings.num_latents, width)
         )
         weights = {**frozen, **params}
-        latents = model.compress(weights, states, visible, dropout_key=dropout_keys[0])
-        predicted, logits = model.decompress(
-            weights, latents * keep_latents, dropout_key=dropout_keys[1]
-        )
+        latents = model.compress(weights, states, visible, compressor_keys)
+        predicted, logits = model.decompress(weights, latents * keep_latents, decompressor_keys)
         return _sums(frozen, batch, predicted, logits, settings.alignment_weight)
 
     def validation(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
