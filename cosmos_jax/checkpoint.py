@@ -1,19 +1,24 @@
 """Checkpoints of a stage; the only place that knows Orbax.
 
 A checkpoint has named items (trees of arrays: params, ema, optimizer, statistics), each of
-which can be read alone, and `metadata`, a JSON object. Arrays are restored onto whatever
-layout is asked for, so a run may go on with other devices than it began with.
+which can be read alone, and what was recorded with it, a JSON object. Arrays are restored onto
+whatever layout is asked for, so a run may go on with other devices than it began with.
+
+Orbax notices files that are cut off or missing, but not every byte that has changed: arrays
+and records therefore carry checksums.
 """
 
 import contextlib
-import functools
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -26,6 +31,10 @@ Tree = Any
 _METADATA = "metadata"
 
 
+class _Damaged(Exception):
+    """What is read is not what was saved."""
+
+
 class Checkpoints:
     """The checkpoints in one folder; saving goes on in the background.
 
@@ -36,24 +45,19 @@ class Checkpoints:
         self, directory: Path, *, keep: int = 1, best: str = "", read_only: bool = False
     ) -> None:
         self._directory = directory.absolute()
-        policies: list[Any] = [managers.LatestN(keep)]
-        if best:
-            policies.append(
-                managers.BestN(
-                    get_metric_fn=functools.partial(_goodness, best),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        retention = _Retention(keep, best)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=managers.AnyPreservationPolicy(policies),
+                preservation_policy=retention,
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
             ),
         )
+        self._metrics = retention.metrics
+        for step in self.steps() if best and not read_only else ():
+            self._metrics[step] = self._read_metrics(step)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,6 +100,12 @@ class Checkpoints:
         Raises:
           UserError: this save or the one before failed, for want of space for example.
         """
+        record = {
+            "metadata": dict(metadata),
+            "metrics": dict(metrics or {}),
+            "checksums": {name: int(_checksum(tree)) for name, tree in items.items()},
+        }
+        self._metrics[step] = record["metrics"]
         with self._saving():
             if step in self.steps():
                 # It could not be read, or training would have gone on from there.
@@ -104,9 +114,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                    **{_METADATA: ocp.args.JsonSave(dict(metadata))},
+                    **{_METADATA: ocp.args.JsonSave({**record, "crc32": _crc32(record)})},
                 ),
-                metrics=metrics and dict(metrics),
                 force=True,
             )
 
@@ -126,20 +135,30 @@ class Checkpoints:
             ) from error
 
     def metadata(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(
+        return self._record(step)["metadata"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        record = self._manager.restore(
             step, args=ocp.args.Composite(**{_METADATA: ocp.args.JsonRestore()})
         )[_METADATA]
+        if record.pop("crc32", None) != _crc32(record):
+            raise _Damaged("its metadata has changed since it was saved")
+        return record
 
-    def restore(self, step: int, shapes: Mapping[str, Tree]) -> dict[str, Tree]:
-        """Reads items as `shapes` describes them.
+    def _read_metrics(self, step: int) -> dict[str, float]:
+        """Empty if the checkpoint is damaged."""
+        try:
+            return self._record(step)["metrics"]
+        # Whatever a damaged file makes Orbax or the file system raise.
+        except Exception:
+            return {}
 
-        A leaf is a `jax.ShapeDtypeStruct`, with the sharding to restore onto; without one the
-        array comes as NumPy's. An item whose description is None is read as it was saved.
-
-        Raises:
-          UserError: the checkpoint has other arrays than described: it is of another model.
-        """
+    def _restore(
+        self, step: int, shapes: Mapping[str, Tree], checksums: Mapping[str, int]
+    ) -> dict[str, Tree]:
         for name, tree in shapes.items():
+            if name not in checksums:
+                raise UserError(f"{self._directory}/{step} has no {name}: it is of another model")
             if tree is not None:
                 self._check_shapes(step, name, tree)
         restored = self._manager.restore(
@@ -148,14 +167,17 @@ class Checkpoints:
                 **{name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
             ),
         )
-        return {name: restored[name] for name in shapes}
+        items = {name: restored[name] for name in shapes}
+        for name, tree in items.items():
+            if int(_checksum(tree)) != checksums[name]:
+                raise _Damaged(f"its {name} have changed since they were saved")
+        return items
 
     def _check_shapes(self, step: int, item: str, tree: Tree) -> None:
-        directory = self._directory / str(step) / item
-        if not directory.exists():
-            raise UserError(f"{self._directory}/{step} has no {item}: it is of another model")
         with ocp.StandardCheckpointer() as checkpointer:
-            saved: Any = checkpointer.metadata(directory)
+            saved: Any = checkpointer.metadata(self._directory / str(step) / item)
+        if saved.item_metadata is None:
+            raise _Damaged(f"the description of its {item} is damaged or missing")
         asked, found = _shapes_by_path(tree), _shapes_by_path(saved.item_metadata.tree)
         for path in sorted(asked.keys() | found.keys()):
             if asked.get(path) != found.get(path):
@@ -169,19 +191,23 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
         """Step, items and metadata of the newest checkpoint that can be read, or None.
 
-        With `best` that of the best value of this metric comes first, if any has one. A damaged
-        one is passed over with a warning; UserError if all of them are.
+        Items come as `shapes` describes them: a leaf is a `jax.ShapeDtypeStruct`, with the
+        sharding to restore onto; an item whose description is None is read as it was saved.
+        With `best` the best checkpoint by that metric comes first, if any was scored. Damaged
+        ones are passed over with a warning.
+
+        Raises:
+          UserError: all are damaged, or one has other arrays than described: it is of another
+            model.
         """
         steps = self.steps()
         if best:
-            metrics = {step: self._manager.metrics(step) for step in steps}
-            scored = [step for step in steps if metrics[step] and best in metrics[step]]
-            # Of equal ones the newest.
-            scored.sort(key=lambda step: _goodness(best, metrics[step]), reverse=True)
-            steps = scored[:1] + [step for step in steps if step not in scored[:1]]
+            scores = {step: _goodness(self._read_metrics(step), best) for step in steps}
+            steps.sort(key=lambda step: (scores[step] == max(scores.values()), step), reverse=True)
         for step in steps:
             try:
-                return step, self.restore(step, shapes), self.metadata(step)
+                record = self._record(step)
+                return step, self._restore(step, shapes, record["checksums"]), record["metadata"]
             except UserError:
                 raise
             # Whatever a damaged file makes Orbax or the file system raise.
@@ -197,15 +223,51 @@ class Checkpoints:
         return None
 
 
-def _goodness(metric: str, metrics: Mapping[str, float]) -> float:
+class _Retention(managers.PreservationPolicy):
+    """Keeps the last checkpoints and the best one by `metrics`, of those that have the metric."""
+
+    def __init__(self, keep: int, best: str) -> None:
+        self.metrics: dict[int, Mapping[str, float]] = {}
+        self._keep, self._best = keep, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps[-self._keep :])
+        scores = {step: _goodness(self.metrics.get(step, {}), self._best) for step in steps}
+        best = max(steps, key=lambda step: (scores[step], step), default=None)
+        if best is not None and scores[best] > -math.inf:
+            kept.add(best)
+        return [step in kept for step in steps]
+
+
+def _goodness(metrics: Mapping[str, float], name: str) -> float:
     """Larger is better: of losses the negative, of accuracies and matches the value."""
-    if metric not in metrics:
+    if name not in metrics or not math.isfinite(metrics[name]):
         return -math.inf
-    return metrics[metric] if metric.endswith(("accuracy", "match")) else -metrics[metric]
+    return metrics[name] if name.endswith(("accuracy", "match")) else -metrics[name]
+
+
+@jax.jit
+def _checksum(tree: Tree) -> jax.Array:
+    """A number that changes with any bit of any array, whatever its layout; uint32."""
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        if leaf.dtype != bool:
+            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(4, leaf.dtype.itemsize)}")
+        # An odd factor keeps every change, and makes the order of the arrays matter.
+        total = total * jnp.uint32(31) + jnp.sum(leaf, dtype=jnp.uint32)
+    return total
+
+
+def _crc32(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What a library said, in one line and without its own details in brackets."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line.partition(" [")[0]
 
 
 def _shapes_by_path(tree: Tree) -> dict[str, tuple[int, ...]]:

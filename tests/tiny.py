@@ -149,6 +149,11 @@ class Tiny:
         guided = {"diffusion__guidance": 2.0, "diffusion__source_dropout_rate": 0.5}
         return self.config(self.pairs, **{**guided, **fields})
 
+    def save_config(self, path: Path, config: ConfigDict) -> str:
+        """Writes a config for a command of its own; the flag that reads it."""
+        path.write_text(config_lib.to_json(config))
+        return f"--config={Path(__file__).parent / 'saved_config.py'}:{path}"
+
     def run(self, workdir: Path, data: Path | None = None, **fields) -> Run:
         """An opened run, for tests of what lies below `main`."""
         return open_run(self.config(data, **fields), workdir)

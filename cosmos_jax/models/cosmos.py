@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from cosmos_jax.models.autoencoder import AutoencoderConfig, Compressor, Decompressor
 from cosmos_jax.models.bert import Bert, BertConfig
 from cosmos_jax.models.denoiser import ConditionEncoder, Denoiser, DenoiserConfig
+from cosmos_jax.sharding import split_batch
 
 Weights = dict[str, Any]
 
@@ -100,7 +101,11 @@ class Cosmos:
 
 
 def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None) -> Any:
-    return module.apply({"params": params}, *inputs)
+    """What the module answers, split over the devices as the batch is.
+
+    Within the modules the compiler needs no help: what goes in and out decides.
+    """
+    return jax.tree.map(split_batch, module.apply({"params": params}, *inputs))
 
 
 def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:

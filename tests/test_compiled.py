@@ -1,0 +1,152 @@
+"""Options that change how a step is computed: compiled, they must need less of something.
+
+One process compiles steps of a small model on 8 devices in full optimisation; nothing is run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+COMPILE = """
+import functools, json
+import jax, jax.numpy as jnp
+from cosmos_jax import config as config_lib, optimizer, sharding
+from cosmos_jax.models import cosmos
+from cosmos_jax.stages import autoencoder, diffusion
+from cosmos_jax.train import init_state, make_step
+
+WIDTH, LENGTH, LATENTS, WORDS, BATCH = 128, 32, 8, 512, 64
+
+
+def compiled(name, mesh_sizes, **fields):
+    config = config_lib.base()
+    config.update_from_flattened_dict({
+        "encoder.hidden_size": WIDTH, "encoder.num_heads": 2, "encoder.num_layers": 1,
+        "encoder.intermediate_size": 256, "encoder.vocab_size": WORDS,
+        "data.max_length": LENGTH, "autoencoder.num_latents": LATENTS, "dtype": "float32",
+        "autoencoder.num_layers": 3, "diffusion.num_layers": 4,
+        "autoencoder.num_heads": 2, "diffusion.num_heads": 2,
+        **{key.replace("__", "."): value for key, value in fields.items()},
+    })
+    model = cosmos.build(config, WORDS)
+    shape = jax.ShapeDtypeStruct
+    first = autoencoder.make(config, model, {}, {}, "")
+    ids, mask = jnp.zeros((1, LENGTH), jnp.int32), jnp.ones((1, LENGTH), bool)
+    frozen = {
+        **{name: shape((WIDTH,), jnp.float32) for name in ("states_mean", "states_std")},
+        **{name: shape((LATENTS, WIDTH), jnp.float32) for name in ("latents_mean", "latents_std")},
+        **{name: shape((WORDS,), jnp.int32) for name in ("vocabulary", "head_index")},
+        "mask_embedding": shape((WIDTH,), jnp.float32),
+        "bert": jax.eval_shape(model.bert.init, jax.random.key(0), ids, mask)["params"],
+        "compressor": jax.eval_shape(first.init, jax.random.key(0), {})["compressor"],
+    }
+    stage = first if name == "autoencoder" else diffusion.make(config, model, {}, {}, "", 0)
+    transform = optimizer.make(stage.settings.optimizer, 10)
+    init = functools.partial(init_state, stage, transform)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, mesh_sizes)))
+    state = jax.eval_shape(init, jax.random.key(0), frozen)
+
+    def put(tree, layout):
+        return jax.tree.map(lambda x, s: shape(x.shape, x.dtype, sharding=s), tree, layout)
+
+    layout = sharding.layout(state, mesh)
+    batch = {
+        "ids": shape((BATCH, LENGTH), jnp.int32), "mask": shape((BATCH, LENGTH), bool),
+        "rows": shape((BATCH,), jnp.int32),
+    }
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_step(stage, transform), donate_argnums=0,
+                       out_shardings=(layout, sharding.replicated(mesh)))
+        lowered = step.lower(
+            put(state, layout), put(frozen, sharding.layout(frozen, mesh)),
+            put(batch, jax.tree.map(lambda _: sharding.batch_layout(mesh), batch)),
+            jax.random.key(0),
+        )
+        done = lowered.compile()
+    memory = done.memory_analysis()
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    return {
+        "activations": memory.temp_size_in_bytes, "state": memory.argument_size_in_bytes,
+        "flops": done.cost_analysis()["flops"],
+        "bf16_products": sum("bf16" in line for line in products) / len(products),
+    }
+
+
+one, data, fsdp, mixed = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
+found = {
+    "data": {"autoencoder": compiled("autoencoder", data)},
+    "fsdp": {"autoencoder": compiled("autoencoder", fsdp)},
+    "mixed": {"autoencoder": compiled("autoencoder", mixed)},
+}
+options = {
+    "plain": {}, "remat": {"remat": True}, "accumulate": {"accumulate": 4},
+}
+for option, fields in options.items():
+    found[option] = {
+        name: compiled(name, one, **{f"{name}__{key}": value for key, value in fields.items()})
+        for name in ("autoencoder", "diffusion")
+    }
+found["bf16"] = {name: compiled(name, one, dtype="bfloat16") for name in found["plain"]}
+cosmos.split_batch = lambda x: x
+found["unconstrained"] = {"autoencoder": compiled("autoencoder", fsdp)}
+print(json.dumps(found))
+"""
+
+STAGES = ("autoencoder", "diffusion")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_meshes_divide_the_work_and_the_state(compiled):
+    whole = compiled["plain"]["autoencoder"]
+    data, fsdp, mixed = (compiled[name]["autoencoder"] for name in ("data", "fsdp", "mixed"))
+    for mesh in (data, fsdp, mixed):
+        assert mesh["flops"] < whole["flops"] / 7
+        assert mesh["activations"] < whole["activations"] / 3
+    # Data parallelism copies the state to every device; the other two split most of it.
+    assert data["state"] > 0.9 * whole["state"]
+    assert fsdp["state"] < whole["state"] / 5
+    assert mixed["state"] < whole["state"] / 3
+
+
+def test_activations_stay_split_where_parameters_are(compiled):
+    constrained, free = compiled["fsdp"], compiled["unconstrained"]
+    assert constrained["autoencoder"]["activations"] < 0.8 * free["autoencoder"]["activations"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rematerialisation_trades_memory_for_compute(compiled, stage):
+    plain, remat = compiled["plain"][stage], compiled["remat"][stage]
+    assert remat["activations"] < 0.8 * plain["activations"]
+    assert remat["flops"] > 1.1 * plain["flops"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parts_of_a_batch_need_less_memory(compiled, stage):
+    plain, parts = compiled["plain"][stage], compiled["accumulate"][stage]
+    assert parts["activations"] < 0.5 * plain["activations"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_is_the_type_of_matrix_products(compiled, stage):
+    assert compiled["plain"][stage]["bf16_products"] == 0
+    assert compiled["bf16"][stage]["bf16_products"] > 0.9
