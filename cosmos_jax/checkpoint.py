@@ -79,9 +79,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """UserError if the save under way has failed."""
-        with self._saving():
-            self._manager.check_for_errors()
+        """UserError if a save has failed, as soon as that is known."""
+        # Not Orbax's `check_for_errors`: while a save is failing that takes its error away and
+        # an older checkpoint is deleted for it. Several processes must wait together: they
+        # learn of it at the next save.
+        if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, newest first."""
@@ -127,6 +130,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            self._manager.reload()  # what is on the disk, without the one that failed
             complete = sorted(self._manager.all_steps())
             raise UserError(
                 f"{self._directory}: the checkpoint cannot be saved: {_reason(error)}; the "
@@ -232,8 +236,9 @@ class _Retention(managers.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
+        # In the order of saving. A later step than the last one saved could not be read.
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = set(steps[-self._keep :])
+        kept = set([step for step in steps if step <= steps[-1]][-self._keep :])
         scores = {step: _goodness(self.metrics.get(step, {}), self._best) for step in steps}
         best = max(steps, key=lambda step: (scores[step], step), default=None)
         if best is not None and scores[best] > -math.inf:

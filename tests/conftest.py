@@ -13,13 +13,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # the programs, which many tests share, also those in processes of their own. Read once, when JAX
 # is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_CACHE = tempfile.mkdtemp(prefix="cosmos-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+_FIRST = "PYTEST_XDIST_WORKER" not in os.environ
+if _FIRST:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cosmos-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if _FIRST:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

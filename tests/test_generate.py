@@ -1,5 +1,6 @@
 """samples.jsonl: going on where a kill left it, and starting anew when the question changed."""
 
+import contextlib
 import json
 import shutil
 
@@ -121,3 +122,31 @@ def test_perfect_texts_get_full_marks(tiny, workdir):
     assert scores["memorisation"] == 1
     assert scores["empty"] == 1
     assert scores["bleu"]["bleu"] < 10
+
+
+def test_evaluation_goes_on_after_the_last_batch_and_score(tiny, workdir, monkeypatch):
+    """One stop after each piece; pieces that are there are kept, even if they are wrong."""
+    expected = json.loads((workdir / "evaluation.json").read_text())
+    (workdir / "evaluation.json").unlink()
+    config = tiny.pairs_config(evaluate__batch_size=4)
+    partial, stops = workdir / "evaluation.partial.json", 0
+    monkeypatch.setattr(distributed, "preempted", lambda: True)
+    while not (workdir / "evaluation.json").exists() and stops < 20:
+        with contextlib.suppress(distributed.Preempted):
+            run_stages(config, workdir, "evaluate")
+        stops += 1
+        if partial.exists():
+            state = json.loads(partial.read_text())
+            if "bleu" in state["texts"]:
+                state["texts"]["bleu"] = "kept"
+                partial.write_text(json.dumps(state))
+    # 10 texts in 3 batches for each stage, 7 scores, and the end.
+    assert stops == 3 + 3 + 7 + 1
+    assert not partial.exists()
+    found = json.loads((workdir / "evaluation.json").read_text())
+    assert found["texts"].pop("bleu") == "kept"
+    assert expected["texts"].pop("bleu") != "kept"
+    assert found["texts"] == expected["texts"]
+    for stage, values in expected["held_out"].items():
+        for name, value in values.items():
+            assert found["held_out"][stage][name] == pytest.approx(value, rel=1e-5)

@@ -1,0 +1,159 @@
+"""Nothing is lost: real processes that are killed, run into a full disk or into each other.
+
+`soak.py` does the same two hundred times, at random, outside the tests.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soak
+import tiny as tiny_lib
+
+ROOT = Path(__file__).parents[1]
+
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+PLAN = (
+    ("autoencoder", TERM),
+    ("save", KILL),
+    ("diffusion", KILL),
+    ("diffusion", TERM),
+    ("generate", KILL),
+    ("generate", TERM),
+    ("evaluate", TERM),
+    ("evaluate", KILL),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("interrupted")
+
+
+@pytest.fixture(scope="module")
+def flag(tiny, folder):
+    return tiny.save_config(folder / "config.json", soak.config(tiny))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(flag, folder):
+    """A run that was left alone."""
+    soak.run_to_the_end([flag, f"--workdir={folder / 'reference'}"], folder / "reference.log")
+    return folder / "reference"
+
+
+def test_a_run_killed_in_every_stage_is_the_run_never_killed(flag, folder, reference):
+    workdir, log = folder / "killed", folder / "killed.log"
+    arguments = [flag, f"--workdir={workdir}"]
+    rng = random.Random()
+    kills = 0
+    for moment, number in PLAN:
+        texts = _lines(workdir / "samples.partial.jsonl")
+        process = soak.start(arguments, log)
+        delay = rng.uniform(0, 0.3 if moment in ("autoencoder", "diffusion") else 0.03)
+        kills += soak.kill_at(process, workdir, log, moment, delay, number)
+        # Generation goes on: what was written before is still there.
+        if not (workdir / "samples.jsonl").exists():
+            assert _lines(workdir / "samples.partial.jsonl")[: len(texts)] == texts
+    assert kills >= len(PLAN) - 2, log.read_text()
+    soak.run_to_the_end(arguments, log)
+    assert soak.differences(workdir, reference) == []
+
+
+def _lines(path):
+    """Whole lines, in whole batches."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return whole[: len(whole) // 2 * 2]
+
+
+def test_the_comparison_sees_what_differs(reference, tmp_path):
+    """The comparison that the other tests rest on can fail."""
+    assert soak.differences(shutil.copytree(reference, tmp_path / "same"), reference) == []
+    other = shutil.copytree(reference, tmp_path / "other")
+    lines = tiny_lib.read_rows(other / "metrics.jsonl")
+    tiny_lib.write_rows(other / "metrics.jsonl", [*lines, lines[-1]])
+    shutil.rmtree(other / "diffusion" / "150")
+    (other / "autoencoder" / "150.orbax-checkpoint-tmp").mkdir()
+    (other / "samples.jsonl").write_text("")
+    found = soak.differences(other, reference)
+    for part in ("more than once", "metrics.jsonl differs", "samples.jsonl differs", "is left"):
+        assert any(part in line for line in found), part
+    assert any("diffusion: params/" in line for line in found)
+    assert any("diffusion: step differs" in line for line in found)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "cosmos_jax.main", *arguments],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
+        check=False,
+    )
+
+
+def test_the_second_run_in_a_folder_is_refused(flag, folder):
+    workdir, log = folder / "shared", folder / "shared.log"
+    first = soak.start([flag, f"--workdir={workdir}"], log)
+    while not soak.MOMENTS["autoencoder"](workdir):
+        assert first.is_alive(), log.read_text()
+    os.kill(first.pid, signal.SIGSTOP)  # holds the folder as long as the second one takes
+    try:
+        second = command(flag, f"--workdir={workdir}")
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.join()
+    assert second.returncode == 2, second.stderr
+    assert f"is in use by process {first.pid} on" in second.stderr.splitlines()[-1]
+    # The lock of the dead one does not keep anyone out.
+    soak.run_to_the_end(
+        [flag, f"--workdir={workdir}", "--config.autoencoder.steps=20", "--stage=autoencoder"], log
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, and a way to make it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"no right to mount a small disk: {done.stderr.decode().strip()}")
+
+    mount("size=2m")
+    yield disk, lambda: mount("remount,size=64m")
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_training_and_costs_nothing(small_disk, flag, reference):
+    disk, enlarge = small_disk
+    arguments = (flag, f"--workdir={disk / 'run'}")
+    done = command(*arguments)
+    assert done.returncode == 2, done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in message
+    assert "run the same command again" in message
+    complete = [p for p in (disk / "run" / "autoencoder").iterdir() if p.name.isdigit()]
+    assert complete
+    enlarge()
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "autoencoder: continuing from step" in done.stderr
+    assert soak.differences(disk / "run", reference) == []

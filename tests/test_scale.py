@@ -1,0 +1,164 @@
+"""One seed, one result: on every mesh, on several processes, and going on elsewhere.
+
+The reference runs on the one device of this process. The others run in processes of their
+own: on 8 virtual devices, and as 2 real processes of 4 devices each that talk to each other.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny as tiny_lib
+
+from cosmos_jax import distributed
+from cosmos_jax.main import run_stages
+
+ROOT = Path(__file__).parents[1]
+TWO_PROCESSES = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2"]
+
+
+def config(tiny, data=1, fsdp=1, tensor=1, **fields):
+    """A conditional run with dropout; the last batches of its texts are not full."""
+    steps = {f"{stage}__steps": 20 for stage in ("autoencoder", "diffusion")}
+    every = {f"{stage}__log_every": 1 for stage in ("autoencoder", "diffusion")}
+    mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    return tiny.pairs_config(
+        **{**steps, **every, **mesh, "generate__num_texts": 10, "generate__batch_size": 8},
+        **{"autoencoder__dropout": 0.1, "autoencoder__vocabulary": "corpus", **fields},
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("scale") / "one"
+    run_stages(config(tiny), workdir)
+    return workdir
+
+
+def assert_same_results(workdir, reference):
+    """The same losses and scores to 1e-5 and the same texts."""
+    found, expected = (
+        {
+            (line["stage"], line["step"], name): value
+            for line in tiny_lib.read_rows(path / "metrics.jsonl")
+            for name, value in line.items()
+            if name == "loss" or name == "validation_loss"
+        }
+        for path in (workdir, reference)
+    )
+    assert found.keys() == expected.keys()
+    assert len(expected) == 2 * 20 + 2 * 2
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
+    for name in ("samples.jsonl", "generation.json"):
+        ours, theirs = ((path / name).read_text() for path in (workdir, reference))
+        if name == "generation.json":
+            ours, theirs = (json.loads(text)["identity"] for text in (ours, theirs))
+        assert ours == theirs
+    ours, theirs = (
+        json.loads((path / "evaluation.json").read_text()) for path in (workdir, reference)
+    )
+    assert ours["texts"] == theirs["texts"]
+    for stage, values in theirs["held_out"].items():
+        for name, value in values.items():
+            np.testing.assert_allclose(ours["held_out"][stage][name], value, rtol=1e-5)
+
+
+def environment(devices, **variables):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "COSMOS_VENV": sys.prefix,
+        **variables,
+    }
+
+
+ON_EIGHT_DEVICES = """
+import sys
+sys.path[:0] = ["tests"]
+from pathlib import Path
+import saved_config
+from cosmos_jax.main import run_stages
+for path in sys.argv[1:]:
+    run_stages(saved_config.get_config(path), Path(path).with_suffix(""))
+"""
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tiny, tmp_path_factory):
+    """The folder with a run on each of MESHES."""
+    folder = tmp_path_factory.mktemp("eight")
+    for name, sizes in MESHES.items():
+        tiny.save_config(folder / f"{name}.json", config(tiny, *sizes))
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+    done = subprocess.run(
+        [*command, *(str(folder / f"{name}.json") for name in MESHES)],
+        **{"env": environment(8), "cwd": ROOT, "capture_output": True, "text": True},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_meshes_give_the_same_results(on_eight_devices, reference, name):
+    assert_same_results(on_eight_devices / name, reference)
+
+
+def start_two(tiny, folder, workdir, **fields):
+    flag = tiny.save_config(folder / "two.json", config(tiny, 2, 2, 2, **fields))
+    return subprocess.Popen(
+        [*TWO_PROCESSES, flag, f"--workdir={workdir}"],
+        **{"env": environment(4), "cwd": ROOT, "text": True},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_two_processes_give_the_same_results(tiny, tmp_path, reference):
+    with start_two(tiny, tmp_path, tmp_path / "run") as processes:
+        output, _ = processes.communicate(timeout=300)
+    assert processes.returncode == 0, output
+    assert "process 1 of 2, 4 of 8 devices" in output
+    assert_same_results(tmp_path / "run", reference)
+    # Only the first one reports.
+    assert output.count("10 texts ") == 1
+
+
+def test_a_run_goes_on_elsewhere(tiny, tmp_path, reference, monkeypatch):
+    """Stage one begins on one device, two processes go on to stage two, one device ends it."""
+    workdir, calls = tmp_path / "run", iter(range(1000))
+    monkeypatch.setattr(distributed, "preempted", lambda: next(calls) == 6 + 9)
+    with pytest.raises(distributed.Preempted, match="autoencoder is saved at step 10"):
+        run_stages(config(tiny), workdir)
+    monkeypatch.undo()
+    with start_two(tiny, tmp_path, workdir) as processes:
+        deadline = time.monotonic() + 200
+        while '"diffusion", "step": 3,' not in (workdir / "metrics.jsonl").read_text():
+            assert processes.poll() is None, processes.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes.send_signal(signal.SIGTERM)
+        output, _ = processes.communicate(timeout=100)
+    assert processes.returncode == 0, output
+    assert "diffusion is saved at step" in output
+    assert not (workdir / "samples.jsonl").exists()
+    run_stages(config(tiny), workdir)
+    assert_same_results(workdir, reference)
+
+
+def test_all_processes_stop_for_the_error_of_the_first(tiny, tmp_path, reference):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    with start_two(tiny, tmp_path, workdir, autoencoder__num_latents=5) as processes:
+        output, _ = processes.communicate(timeout=100)
+    assert processes.returncode == 2, output
+    assert "autoencoder.num_latents is 4 there and 5 here" in output
