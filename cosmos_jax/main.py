@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cosmos_jax import commands, distributed
 from cosmos_jax import config as config_lib
+from cosmos_jax.errors import UserError
 
 STAGES = ("all", "autoencoder", "diffusion", "generate", "evaluate", "describe")
 
@@ -88,9 +89,15 @@ def main(argv: list[str]) -> None:
         return
     config_flag: Any = flags.FLAGS["config"]
     name = Path(config_flag.config_filename).stem
+    workdir = _WORKDIR.value or f"runs/{name}"
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir={workdir} is not a folder: mount that storage, a bucket with gcsfuse for "
+            "example, and name the folder"
+        )
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-        run_stages(config, Path(_WORKDIR.value or f"runs/{name}").absolute(), _STAGE.value)
+        run_stages(config, Path(workdir).absolute(), _STAGE.value)
     except distributed.Preempted as stopped:
         logger.info("stopped on request: %s; run the same command to continue", stopped)
 

@@ -41,14 +41,17 @@ def vocabulary(run: Run) -> np.ndarray:
     rows, length = run.dataset.train, run.config.data.max_length
     counts = np.zeros(run.config.encoder.vocab_size, np.int64)
     active = distributed.is_first()
-    # Each process counts in its own share of the texts.
-    first, step = jax.process_index() * batch_size, jax.process_count() * batch_size
     with metrics.progress(len(rows), "vocabulary", unit="text", active=active) as bar:
-        for start in range(first, len(rows), step):
-            texts = [rows[i].text for i in range(start, min(start + batch_size, len(rows)))]
-            encoded = tokens.encode(run.encoder.tokenizer, texts, length)
-            counts += np.bincount(encoded.ids_BxL[encoded.mask_BxL], minlength=len(counts))
-            bar.update(min(step, len(rows) - bar.n))
+        for start in range(0, len(rows), batch_size):
+            # Each process counts in its own share of the texts.
+            share = range(start, min(start + batch_size, len(rows)))
+            texts = [rows[i].text for i in share[jax.process_index() :: jax.process_count()]]
+            if texts:
+                encoded = tokens.encode(run.encoder.tokenizer, texts, length)
+                counts += np.bincount(encoded.ids_BxL[encoded.mask_BxL], minlength=len(counts))
+            bar.update(len(share))
+            if distributed.preempted():
+                raise distributed.Preempted("autoencoder: nothing to save yet")
     counts = distributed.add_up(counts)
     used = counts >= settings.vocabulary_min_count
     used[run.encoder.tokenizer.unk_token_id] = True

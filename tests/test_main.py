@@ -266,6 +266,7 @@ def command(*arguments, code):
     [
         (["--config.diffusion.stpes=3"], "steps"),
         (["more"], "unexpected argument 'more'"),
+        (["--workdir=gs://bucket/run"], "gs://bucket/run is not a folder: mount that storage"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, arguments, message):
@@ -330,6 +331,22 @@ def test_every_config_at_its_full_size(name):
     # 2 operations for each weight and token: at least the weights' share must be there.
     tokens = config.data.max_length * config.autoencoder.batch_size
     assert description["flops"]["autoencoder_training_step"] > 6 * counts["compressor"] * tokens / 4
+
+
+def test_meshes_divide_what_a_device_holds():
+    """Of the paper's model; every large tensor of it divides by 8."""
+
+    def held(data, fsdp, tensor):
+        config = load_config("wikipedia")
+        config.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+        found = describe(config)["bytes_per_device"]
+        return {stage: sum(found[stage].values()) for stage in ("autoencoder", "diffusion")}
+
+    whole, data, fsdp, mixed = held(1, 1, 1), held(8, 1, 1), held(1, 8, 1), held(2, 2, 2)
+    assert data == whole
+    for stage, size in whole.items():
+        assert size / 8 <= fsdp[stage] < 1.01 * size / 8
+        assert size / 4 <= mixed[stage] < 1.15 * size / 4
 
 
 def test_an_autoencoder_trained_on_does_not_fit_the_diffusion_any_more(tiny, tmp_path, finished):

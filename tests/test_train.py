@@ -123,9 +123,14 @@ def gradients(stage, params, batch, parts):
     return jax.tree.map(jnp.subtract, params, after.params), values
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
-def test_parts_of_a_batch_give_the_update_of_the_whole(opened, name):
-    stage, params, batch, _ = opened[name]
+@pytest.mark.parametrize("name", ["autoencoder", "with dropout", "diffusion"])
+def test_parts_of_a_batch_give_the_update_of_the_whole(opened, tiny, finished_pairs, name):
+    stage, params, batch, _ = opened["autoencoder" if name == "with dropout" else name]
+    if name == "with dropout":
+        still = gradients(stage, params, batch, 1)[1]["loss"]
+        run = open_run(tiny.pairs_config(autoencoder__dropout=0.2), finished_pairs)
+        stage = pipeline.autoencoder_stage(run)[1]
+        assert abs(gradients(stage, params, batch, 1)[1]["loss"] - still) > 1e-3
     whole, values = gradients(stage, params, batch, 1)
     size = float(optax.tree.norm(whole))
     np.testing.assert_allclose(size, values["gradient_norm"], rtol=1e-3)
