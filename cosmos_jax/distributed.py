@@ -87,15 +87,18 @@ class Preempted(Exception):
 
 
 _calls = itertools.count()
+_told = False
 
 
 def preempted() -> bool:
-    """Whether it is time to save and stop.
+    """Whether it is time to save and stop; once it is, it stays so.
 
     All processes must call it at the same points of the program: it numbers its calls, and
     they agree through the cluster on the call at which all of them are told.
     """
-    return multihost_utils.reached_preemption_sync_point(next(_calls))
+    global _told
+    _told = _told or multihost_utils.reached_preemption_sync_point(next(_calls))
+    return _told
 
 
 def on_first(function: Callable[[], T]) -> T:

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 # Memorisation looks for generated n-grams in this many training texts, as the paper does.
 MEMORISATION_TEXTS = 100_000
 
-
 # The trained parameters of each stage.
 PARAMETERS = {
     "autoencoder": ("compressor", "decompressor"),

@@ -77,7 +77,7 @@ def generate(run: Run) -> None:
             if stopping and end < num_texts:
                 raise distributed.Preempted(f"generate: {end} texts are saved")
     sources.log_cuts("generate")
-    distributed.on_first(lambda: partial.replace(run.workdir / "samples.jsonl") and None)
+    distributed.on_first(lambda: os.replace(partial, run.workdir / "samples.jsonl"))
 
 
 def _append(run: Run, path: Path, start: int, ids_BxL: np.ndarray) -> None:

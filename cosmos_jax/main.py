@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -57,8 +58,6 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
       UserError: something the user can mend.
       distributed.Preempted: SIGTERM came; the same call goes on from there.
     """
-    import jax
-
     from cosmos_jax import evaluate, generate, pipeline, results
     from cosmos_jax.workdir import claim, locked
 

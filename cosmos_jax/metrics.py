@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cosmos_jax.workdir import write_text, writing
+
 logger = logging.getLogger(__name__)
 
 Values = dict[str, float]
@@ -30,30 +32,33 @@ class MetricWriter:
         self._tensorboard = None
         if not active:
             return
-        path = workdir / "metrics.jsonl"
-        _forget(path, stage, step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._path = workdir / "metrics.jsonl"
+        _forget(self._path, stage, step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = _tensorboard(workdir / "tensorboard" / stage)
 
     def write(self, step: int, values: Values) -> None:
         if not self._active:
             return
-        self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, values)
 
     def sync(self) -> None:
         """Puts all lines on disk; a checkpoint must not be newer than they are."""
         if self._active:
-            os.fsync(self._file.fileno())
+            with writing(self._path):
+                os.fsync(self._file.fileno())
             if self._tensorboard is not None:
                 self._tensorboard.flush()
 
     def close(self) -> None:
         if self._active:
-            self.sync()
-            self._file.close()
+            with writing(self._path):
+                self.sync()
+                self._file.close()
 
 
 def read(workdir: Path, stage: str = "") -> list[dict[str, Any]]:
@@ -74,8 +79,6 @@ def read(workdir: Path, stage: str = "") -> list[dict[str, Any]]:
 
 def _forget(path: Path, stage: str, step: int) -> None:
     """Takes back lines of the stage after `step`: what they report will be computed again."""
-    from cosmos_jax.workdir import write_text
-
     if path.exists():
         entries = read(path.parent)
         kept = [e for e in entries if e["stage"] != stage or e["step"] <= step]

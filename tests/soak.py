@@ -29,6 +29,7 @@ import tiny as tiny_lib
 
 # Seconds after which a process that neither ends nor gets where it is to be killed has failed.
 PATIENCE = 120
+STEPS = 60  # of each stage
 
 # A server forks the processes of the runs after these imports, which would take most of the time.
 context = multiprocessing.get_context("forkserver")
@@ -38,10 +39,10 @@ context.set_forkserver_preload(["jax", "orbax.checkpoint", "transformers", "soak
 def config(tiny: tiny_lib.Tiny):
     """A conditional run of some seconds, with saves, samples and scores in many pieces."""
     return tiny.pairs_config(
-        autoencoder__steps=150,
-        autoencoder__checkpoint_every=15,
-        diffusion__steps=150,
-        diffusion__checkpoint_every=15,
+        autoencoder__steps=STEPS,
+        autoencoder__checkpoint_every=6,
+        diffusion__steps=STEPS,
+        diffusion__checkpoint_every=6,
         diffusion__best_metric="validation_loss",
         generate__num_texts=10,
         generate__batch_size=2,

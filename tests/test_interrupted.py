@@ -85,8 +85,8 @@ def test_the_comparison_sees_what_differs(reference, tmp_path):
     other = shutil.copytree(reference, tmp_path / "other")
     lines = tiny_lib.read_rows(other / "metrics.jsonl")
     tiny_lib.write_rows(other / "metrics.jsonl", [*lines, lines[-1]])
-    shutil.rmtree(other / "diffusion" / "150")
-    (other / "autoencoder" / "150.orbax-checkpoint-tmp").mkdir()
+    shutil.rmtree(other / "diffusion" / str(soak.STEPS))
+    (other / "autoencoder" / "66.orbax-checkpoint-tmp").mkdir()
     (other / "samples.jsonl").write_text("")
     found = soak.differences(other, reference)
     for part in ("more than once", "metrics.jsonl differs", "samples.jsonl differs", "is left"):
@@ -149,7 +149,6 @@ def test_a_full_disk_stops_training_and_costs_nothing(small_disk, flag, referenc
     assert done.returncode == 2, done.stderr
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in message
-    assert "run the same command again" in message
     complete = [p for p in (disk / "run" / "autoencoder").iterdir() if p.name.isdigit()]
     assert complete
     enlarge()
