@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 import tiny as tiny_lib
 
 # Seconds after which a process that neither ends nor gets where it is to be killed has failed.
-PATIENCE = 120
+PATIENCE = 300
 STEPS = 60  # of each stage
 
 # A server forks the processes of the runs after these imports, which would take most of the time.

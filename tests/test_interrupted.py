@@ -11,9 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soak
 import tiny as tiny_lib
+
+from cosmos_jax import feature_cache
+from cosmos_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,6 +144,17 @@ def small_disk(tmp_path):
     mount("size=2m")
     yield disk, lambda: mount("remount,size=64m")
     subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_noticed_before_features_are_mapped(small_disk):
+    """Later the system would end the process where it writes into the mapped file."""
+    disk, enlarge = small_disk
+    with pytest.raises(UserError, match=r"states\.npy: its 6,000,000 bytes .* No space left"):
+        feature_cache._create(disk / "states.npy", np.float16, (1000, 3000))
+    enlarge()
+    array = feature_cache._create(disk / "states.npy", np.float16, (1000, 3000))
+    array[:] = 1
+    assert np.load(disk / "states.npy").all()
 
 
 def test_a_full_disk_stops_training_and_costs_nothing(small_disk, flag, reference):

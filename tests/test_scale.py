@@ -126,7 +126,7 @@ def start_two(tiny, folder, workdir, **fields):
 
 def test_two_processes_give_the_same_results(tiny, tmp_path, reference):
     with start_two(tiny, tmp_path, tmp_path / "run") as processes:
-        output, _ = processes.communicate(timeout=300)
+        output, _ = processes.communicate(timeout=500)
     assert processes.returncode == 0, output
     assert "process 1 of 2, 4 of 8 devices" in output
     assert_same_results(tmp_path / "run", reference)
@@ -142,13 +142,13 @@ def test_a_run_goes_on_elsewhere(tiny, tmp_path, reference, monkeypatch):
         run_stages(config(tiny), workdir)
     monkeypatch.undo()
     with start_two(tiny, tmp_path, workdir) as processes:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 300
         while '"diffusion", "step": 3,' not in (workdir / "metrics.jsonl").read_text():
             assert processes.poll() is None, processes.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)
         processes.send_signal(signal.SIGTERM)
-        output, _ = processes.communicate(timeout=100)
+        output, _ = processes.communicate(timeout=300)
     assert processes.returncode == 0, output
     assert "diffusion is saved at step" in output
     assert not (workdir / "samples.jsonl").exists()
@@ -159,6 +159,6 @@ def test_a_run_goes_on_elsewhere(tiny, tmp_path, reference, monkeypatch):
 def test_all_processes_stop_for_the_error_of_the_first(tiny, tmp_path, reference):
     workdir = shutil.copytree(reference, tmp_path / "run")
     with start_two(tiny, tmp_path, workdir, autoencoder__num_latents=5) as processes:
-        output, _ = processes.communicate(timeout=100)
+        output, _ = processes.communicate(timeout=300)
     assert processes.returncode == 2, output
     assert "autoencoder.num_latents is 4 there and 5 here" in output
