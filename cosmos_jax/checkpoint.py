@@ -35,6 +35,17 @@ class _Damaged(Exception):
     """What is read is not what was saved."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which asks JAX with the number of the step whether it is time to stop.
+
+    JAX remembers one number, that of `distributed.preempted`: another would lose the signal.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints in one folder; saving goes on in the background.
 
@@ -46,7 +57,7 @@ class Checkpoints:
     ) -> None:
         self._directory = directory.absolute()
         retention = _Retention(keep, best)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=retention,
@@ -197,8 +208,8 @@ class Checkpoints:
 
         Items come as `shapes` describes them: a leaf is a `jax.ShapeDtypeStruct`, with the
         sharding to restore onto; an item whose description is None is read as it was saved.
-        With `best` the best checkpoint by that metric comes first, if any was scored. Damaged
-        ones are passed over with a warning.
+        With `best` those that have that metric come first, the best one before the others.
+        Damaged ones are passed over with a warning.
 
         Raises:
           UserError: all are damaged, or one has other arrays than described: it is of another
@@ -207,7 +218,7 @@ class Checkpoints:
         steps = self.steps()
         if best:
             scores = {step: _goodness(self._read_metrics(step), best) for step in steps}
-            steps.sort(key=lambda step: (scores[step] == max(scores.values()), step), reverse=True)
+            steps.sort(key=lambda step: (scores[step], step), reverse=True)
         for step in steps:
             try:
                 record = self._record(step)
@@ -255,13 +266,20 @@ def _goodness(metrics: Mapping[str, float], name: str) -> float:
 
 @jax.jit
 def _checksum(tree: Tree) -> jax.Array:
-    """A number that changes with any bit of any array, whatever its layout; uint32."""
+    """A number that no change of a single element leaves as it is, on any layout; uint32.
+
+    The sum of all elements' bits, each times an odd number that is its own.
+    """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
         if leaf.dtype != bool:
             leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(4, leaf.dtype.itemsize)}")
-        # An odd factor keeps every change, and makes the order of the arrays matter.
-        total = total * jnp.uint32(31) + jnp.sum(leaf, dtype=jnp.uint32)
+        position = jnp.uint32(0)
+        for axis, length in enumerate(leaf.shape):
+            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            position = position * jnp.uint32(length) + index
+        bits = leaf.astype(jnp.uint32) * (2 * position + 1)
+        total = total * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
     return total
 
 
@@ -283,7 +301,7 @@ def _shapes_by_path(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_on(tree: Tree, layout: Tree) -> Tree:
-    """Descriptions for `restore`: the tree's shapes and types with the layout's shardings."""
+    """Descriptions for `newest`: the tree's shapes and types with the layout's shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,

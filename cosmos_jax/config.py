@@ -151,9 +151,15 @@ def _intervals(stage: ConfigDict) -> None:
     stage.checkpoint_every = 1_000
     stage.keep_checkpoints = 2  # the last ones
     # Keep also the best checkpoint by this metric, such as "validation_loss", and let the later
-    # stages use that one; empty: they use the last. Steps that are not evaluated do not compete.
+    # stages use that one; empty: they use the last. Every step that is evaluated competes.
     stage.best_metric = ""
 
+
+# What `best_metric` may be.
+METRICS = {
+    "autoencoder": ("loss", "crossentropy", "alignment", "token_accuracy", "exact_match"),
+    "diffusion": ("loss", "self_conditioned_loss"),
+}
 
 # Fields that a run may change after it has begun: what it has trained stays usable.
 FREE = (
@@ -305,6 +311,12 @@ def validate(config: ConfigDict) -> None:
             require(optimizer[name] >= 0, f"{stage}.optimizer.{name}", "0 or more")
         for name in ("b1", "b2"):
             require(0 <= optimizer[name] < 1, f"{stage}.optimizer.{name}", "from 0 to below 1")
+        metrics = [f"validation_{name}" for name in METRICS[stage]]
+        require(
+            config[stage].best_metric in ("", *metrics),
+            f"{stage}.best_metric",
+            f"empty or one of {', '.join(metrics)}",
+        )
         require(0 <= config[stage].ema_decay < 1, f"{stage}.ema_decay", "from 0 to below 1")
     for axis in ("data", "fsdp", "tensor"):
         size = config.mesh[axis]

@@ -56,6 +56,8 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     )
     if not is_first():
         logging.getLogger(__package__).setLevel(logging.WARNING)
+    # Processes connect at the first thing they do together, and do not wait long for each other.
+    barrier("all processes have started")
 
 
 def _join(
@@ -104,23 +106,29 @@ def preempted() -> bool:
 def on_first(function: Callable[[], T]) -> T:
     """What `function`, called by the first process alone, returns or raises as UserError.
 
-    Every process must call this; the others wait. The value goes through JSON.
+    Every process must call this; the others wait. The value goes through JSON. What the system
+    says about a file is a UserError too.
     """
-    if jax.process_count() == 1:
-        return function()
-    answer: dict[str, Any] = {}
+    value: Any = None
+    failure: Exception | None = None
     if is_first():
         try:
-            answer = {"value": function()}
-        except UserError as error:
-            answer = {"error": str(error)}
-    text = json.dumps(answer).encode()
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.frombuffer(text[:length].ljust(length, b" "), np.uint8)
-    answer = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["value"]
+            value = function()
+        except OSError as error:
+            failure = UserError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        except Exception as error:
+            failure = error
+    if jax.process_count() > 1:
+        text = json.dumps({"value": value, "failure": failure and str(failure)}).encode()
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+        padded = np.frombuffer(text[:length].ljust(length, b" "), np.uint8)
+        answer = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+        value = answer["value"]
+        if failure is None and answer["failure"] is not None:
+            failure = UserError(answer["failure"] or "process 0 of this run failed; it says why")
+    if failure is not None:
+        raise failure
+    return value
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ def evaluate(run: Run) -> None:
     recorded = distributed.on_first(lambda: workdir.read_json(path))
     if recorded is not None and recorded["identity"] == identity:
         logger.info("evaluate: finished")
+        distributed.on_first(lambda: partial.unlink(missing_ok=True))
         return
     state = distributed.on_first(lambda: workdir.read_json(partial))
     if state is None or state["identity"] != identity:

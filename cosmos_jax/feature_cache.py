@@ -46,8 +46,7 @@ def training_batches(stage: Stage, run: Run, before: str = "") -> Callable[[int]
 
 def remove(run: Run) -> None:
     """Frees the disk."""
-    distributed.barrier("features are not needed any more")
-    shutil.rmtree(run.workdir / "cache", ignore_errors=True)
+    distributed.on_first(lambda: shutil.rmtree(run.workdir / "cache", ignore_errors=True))
 
 
 def _directory(run: Run, stage_name: str) -> Path:
@@ -55,7 +54,12 @@ def _directory(run: Run, stage_name: str) -> Path:
 
 
 def _open(directory: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.load(path, mmap_mode="r") for path in directory.glob("*.npy")}
+    """The arrays of a cache that is complete; empty if it is not."""
+    complete = directory / "identity.json"
+    names = distributed.on_first(
+        lambda: [p.name for p in sorted(directory.glob("*.npy"))] if complete.exists() else []
+    )
+    return {Path(name).stem: np.load(directory / name, mmap_mode="r") for name in names}
 
 
 def _fill(stage: Stage, run: Run, before: Path | None) -> None:
@@ -63,7 +67,7 @@ def _fill(stage: Stage, run: Run, before: Path | None) -> None:
     distributed.on_first(lambda: _empty(directory))
     num_rows = len(run.dataset.train)
     load = run.ordered_batches(run.dataset.train, stage.settings.batch_size, num_rows)
-    cached = _open(before) if before and (before / "identity.json").exists() else {}
+    cached = _open(before) if before else {}
     compiled = jax.jit(stage.features)
     arrays: dict[str, np.memmap] = {}
     bar = metrics.progress(len(load), f"{stage.name}: features", unit="batch", active=first)
@@ -72,13 +76,13 @@ def _fill(stage: Stage, run: Run, before: Path | None) -> None:
         features = compiled(stage.frozen, sharding.put_batch(batch, run.mesh))
         features = distributed.gather(features)
         real, rows = features.pop("real"), features.pop("rows")
-        for name, value in features.items() if first else ():
-            value = value[real]
-            if name not in arrays:
-                dtype = np.float16 if value.dtype.kind == "f" else value.dtype
-                shape = (num_rows, *value.shape[1:])
-                arrays[name] = _create(directory / f"{name}.npy", dtype, shape)
-            arrays[name][rows[real]] = value
+        with distributed.together():
+            for name, value in features.items() if first else ():
+                if name not in arrays:
+                    dtype = np.float16 if value.dtype.kind == "f" else value.dtype
+                    shape = (num_rows, *value.shape[1:])
+                    arrays[name] = _create(directory / f"{name}.npy", dtype, shape)
+                arrays[name][rows[real]] = value[real]
         if distributed.preempted():
             raise distributed.Preempted(f"{stage.name}: features will be computed again")
     load.log_cuts(stage.name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cosmos_jax import distributed
 from cosmos_jax.workdir import write_text, writing
 
 logger = logging.getLogger(__name__)
@@ -34,30 +35,37 @@ class MetricWriter:
             return
         self._path = workdir / "metrics.jsonl"
         _forget(self._path, stage, step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        with writing(self._path):
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = _tensorboard(workdir / "tensorboard" / stage)
 
     def write(self, step: int, values: Values) -> None:
-        if not self._active:
-            return
-        with writing(self._path):
-            self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
-            self._file.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.write_scalars(step, values)
+        """Every process must call this and `sync`: what one cannot write stops all of them."""
+        with distributed.together():
+            if self._active:
+                line = json.dumps({"stage": self._stage, "step": step, **values})
+                with writing(self._path):
+                    self._file.write(line + "\n")
+                    self._file.flush()
+                if self._tensorboard is not None:
+                    self._tensorboard.write_scalars(step, values)
 
     def sync(self) -> None:
         """Puts all lines on disk; a checkpoint must not be newer than they are."""
-        if self._active:
-            with writing(self._path):
-                os.fsync(self._file.fileno())
-            if self._tensorboard is not None:
-                self._tensorboard.flush()
+        with distributed.together():
+            if self._active:
+                self._sync()
+
+    def _sync(self) -> None:
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def close(self) -> None:
         if self._active:
             with writing(self._path):
-                self.sync()
+                self._sync()
                 self._file.close()
 
 

@@ -72,7 +72,7 @@ def diffusion_stage(run: Run) -> Finished:
     directory = autoencoder_directory(run)
     _require_finished(run, "autoencoder", directory)
     model, first = autoencoder_stage(run)
-    step, params = trained.parameters(first, run, directory)
+    step, params = _parameters(run, first, directory)
     weights = {**first.frozen, **params}
     if model.conditional:
         weights |= trained.no_source(run, model, weights)
@@ -91,7 +91,7 @@ def finished(run: Run) -> Finished:
     _require_finished(run, "autoencoder", autoencoder_directory(run))
     _require_finished(run, "diffusion", directory)
     half = diffusion_stage(run)
-    step, params = trained.parameters(half.stages["diffusion"], run, directory)
+    step, params = _parameters(run, half.stages["diffusion"], directory)
     _require_same_autoencoder(run, half.stages["diffusion"], step)
     return dataclasses.replace(
         half,
@@ -106,7 +106,9 @@ def train_stage(run: Run, name: str) -> None:
         logger.info("autoencoder: taken from %s", run.config.autoencoder.pretrained)
         return
     settings = run.config[name]
-    sharding.check_batch_size(settings.batch_size, run.mesh, f"{name}.batch_size")
+    sharding.check_batch_size(
+        settings.batch_size, run.mesh, f"{name}.batch_size", settings.accumulate
+    )
     if name == "autoencoder":
         _, stage = autoencoder_stage(run)
     else:
@@ -118,6 +120,7 @@ def train_stage(run: Run, name: str) -> None:
         if step >= settings.steps:
             if name == "diffusion":
                 _require_same_autoencoder(run, stage, step)
+                feature_cache.remove(run)
             logger.info("%s: finished, %d steps", name, step)
             return
     tokens = run.training_batches(settings.batch_size, name)
@@ -130,8 +133,20 @@ def train_stage(run: Run, name: str) -> None:
     )
     train(stage, run, load=load, held_out=held_out)
     tokens.log_cuts(name)
-    if name == STAGES[-1]:
+    if name == "diffusion":
         feature_cache.remove(run)
+
+
+def _parameters(run: Run, stage: Stage, directory: Path) -> tuple[int, Weights]:
+    """The step and parameters of a finished stage; UserError if those of its end are damaged."""
+    step, params = trained.parameters(stage, run, directory)
+    at_its_end = step >= stage.settings.steps or directory.parent != run.workdir
+    if not (at_its_end or stage.settings.best_metric):
+        raise UserError(
+            f"{directory}: the checkpoint of step {stage.settings.steps} cannot be read: "
+            f"--stage={stage.name} trains it again from step {step}"
+        )
+    return step, params
 
 
 def _require_same_autoencoder(run: Run, stage: Stage, step: int) -> None:
@@ -141,7 +156,8 @@ def _require_same_autoencoder(run: Run, stage: Stage, step: int) -> None:
     if learned not in (None, now):  # a converted checkpoint records none
         raise UserError(
             f"{directory} learned the latents of the autoencoder at step {learned}, but "
-            f"{autoencoder_directory(run)} is at step {now}: delete {directory} to train it again"
+            f"{autoencoder_directory(run)} gives those of step {now}: give it that step back, or "
+            f"delete {directory} to train it again"
         )
 
 

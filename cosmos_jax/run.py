@@ -54,7 +54,7 @@ class Run:
             self.encoder.tokenizer,
             limit=limit,
             start=start,
-            **self._batch_settings(self.even_batch_size(min(batch_size, limit))),
+            **self._batch_settings(self.even_batch_size(min(batch_size, limit, len(rows)))),
         )
 
     def even_batch_size(self, batch_size: int) -> int:

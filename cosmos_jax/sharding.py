@@ -104,12 +104,13 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
-    """UserError if a batch does not split evenly."""
+def check_batch_size(batch_size: int, mesh: Mesh, field: str, accumulate: int = 1) -> None:
+    """UserError if a batch, or each of the parts it is computed in, does not split evenly."""
     parts = batch_parts(mesh)
-    if batch_size % parts:
+    if batch_size % (parts * accumulate):
+        times = f" times {accumulate}, its `accumulate`" if accumulate > 1 else ""
         raise UserError(
-            f"config.{field} is {batch_size}, not a multiple of the mesh's {parts} parts"
+            f"config.{field} is {batch_size}, not a multiple of the mesh's {parts} parts{times}"
         )
 
 

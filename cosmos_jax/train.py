@@ -173,11 +173,6 @@ def train(
             params = state.params if state.ema is None else state.ema
             values = means(functools.reduce(add, validate(params), {}))
             values = {f"validation_{name}": value for name, value in values.items()}
-            if settings.best_metric not in ("", *values):
-                raise UserError(
-                    f"config.{stage.name}.best_metric is {settings.best_metric!r}; it must be one "
-                    f"of {', '.join(values)}"
-                )
             writer.write(step, values)
             return values
 
@@ -216,6 +211,8 @@ def train(
             stopping, last = distributed.preempted(), done == settings.steps
             evaluating = last or done % settings.evaluate_every == 0
             saving = last or stopping or done % settings.checkpoint_every == 0
+            # Whether a step competes for the best must not depend on when a run was stopped.
+            saving = saving or (evaluating and bool(settings.best_metric))
             if evaluating or saving:
                 report(*pending)
                 pending = None

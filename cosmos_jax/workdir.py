@@ -91,7 +91,13 @@ def locked(workdir: Path) -> Iterator[None]:
                 f"{workdir} is in use by {file.read().strip() or 'another run'}; "
                 "wait for it, stop it, or choose another --workdir"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{workdir}: cannot be locked: {error.strerror}; mount its file system with locks "
+                "or choose another --workdir"
+            ) from error
+        with writing(workdir / ".lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield

@@ -97,6 +97,8 @@ def kill_at(
         assert time.monotonic() - begun < PATIENCE, f"no {moment}: {_tail(log)}"
         time.sleep(0.002)
     process.join(delay)
+    # Then it may end before it is asked whether to stop.
+    ending = (workdir / "samples.jsonl").exists()
     if alive := process.is_alive():
         os.kill(process.pid, number)
     process.join(PATIENCE)
@@ -104,9 +106,10 @@ def kill_at(
     expected = {0, -signal.SIGKILL} if number == signal.SIGKILL else {0}
     if not log.exists() or log.stat().st_size == logged:
         expected.add(-signal.SIGTERM)  # the program had not begun
-    assert process.exitcode in expected, (
-        f"{number.name} at {moment}: exit status {process.exitcode}: {_tail(log)}"
-    )
+    what = f"{number.name} at {moment}: exit status {process.exitcode}: {_tail(log)}"
+    assert process.exitcode in expected, what
+    if alive and number == signal.SIGTERM and process.exitcode == 0 and not ending:
+        assert b"stopped on request" in log.read_bytes()[logged:], what
     return alive
 
 

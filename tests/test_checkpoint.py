@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from cosmos_jax.checkpoint import Checkpoints, shapes_on
 from cosmos_jax.errors import UserError
@@ -159,6 +160,19 @@ def test_a_checkpoint_that_could_not_be_read_is_made_again(directory):
     np.testing.assert_array_equal(
         found["params"]["layer"]["kernel"], items(3)["params"]["layer"]["kernel"]
     )
+
+
+def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
+    """JAX remembers the number of one question only, and that is `distributed.preempted`'s."""
+
+    def asked(number):
+        raise AssertionError(number)
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked)
+    with Checkpoints(tmp_path / "stage") as checkpoints:
+        checkpoints.save(50_000, items(1), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [50_000]
 
 
 # Keeping the best

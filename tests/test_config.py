@@ -95,6 +95,8 @@ BAD = [
     *((f"{stage}.num_heads", 7) for stage in STAGES),  # does not divide 768
     *((f"{stage}.num_heads", 256) for stage in STAGES),  # heads of width 3 cannot rotate
     *((f"{stage}.ema_decay", 1.0) for stage in STAGES),
+    *((f"{stage}.best_metric", "loss") for stage in STAGES),
+    ("diffusion.best_metric", "validation_exact_match"),
     *(
         (f"{stage}.optimizer.{name}", value)
         for stage in STAGES

@@ -45,6 +45,13 @@ def test_what_a_run_leaves(complete, tiny):
     for stage, steps in (("autoencoder", {"60", "80"}), ("diffusion", {"20", "30"})):
         assert {path.name for path in (workdir / stage).iterdir()} == steps
 
+    for stage, metrics in config_lib.METRICS.items():
+        names = {f"validation_{name}" for name in metrics}
+        lines = tiny_lib.read_rows(workdir / "metrics.jsonl")
+        for line in lines:
+            if line["stage"] == stage and "validation_loss" in line:
+                assert line.keys() == {"stage", "step", *names}
+
     # What was asked for, with the encoder's sizes and whether there are sources.
     expected = config_lib.flatten(asked) | {
         "data.conditional": conditional,

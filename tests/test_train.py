@@ -246,8 +246,13 @@ def assert_same_run(workdir, other):
         assert found[0] == expected[0]
         assert found[2] == expected[2]
         tiny_lib.assert_trees_equal(found[1], expected[1])
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json"):
+    for name in ("samples.jsonl", "evaluation.json"):
         assert (workdir / name).read_text() == (other / name).read_text(), name
+    # A stage trained again comes after the others.
+    found, expected = (
+        sorted((path / "metrics.jsonl").read_text().splitlines()) for path in (workdir, other)
+    )
+    assert found == expected
 
 
 def stop_at(monkeypatch, calls, how):
@@ -327,6 +332,18 @@ def test_a_damaged_checkpoint_costs_only_its_steps(tiny, tmp_path, finished, mon
     run_stages(tiny.config(), tmp_path)
     assert "autoencoder/50 cannot be read" in caplog.text
     assert_same_run(tmp_path, finished)
+
+
+def test_a_damaged_end_of_a_stage_is_trained_again(tiny, tmp_path, finished, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    files = [p for p in (workdir / "autoencoder" / "80" / "params").rglob("*") if p.is_file()]
+    max(files, key=lambda path: path.stat().st_size).write_bytes(b"")
+    for stage in ("diffusion", "generate"):
+        with pytest.raises(UserError, match="--stage=autoencoder trains it again from step 60"):
+            run_stages(tiny.config(), workdir, stage)
+    run_stages(tiny.config(), workdir)
+    assert "autoencoder/80 cannot be read" in caplog.text
+    assert_same_run(workdir, finished)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
