@@ -341,10 +341,10 @@ def test_every_config_at_its_full_size(name):
 
 
 def test_meshes_divide_what_a_device_holds():
-    """Of the paper's model; every large tensor of it divides by 8."""
+    """Nearly all of it: what is left whole are small tensors."""
 
     def held(data, fsdp, tensor):
-        config = load_config("wikipedia")
+        config = load_config("quickstart")
         config.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
         found = describe(config)["bytes_per_device"]
         return {stage: sum(found[stage].values()) for stage in ("autoencoder", "diffusion")}
@@ -352,8 +352,8 @@ def test_meshes_divide_what_a_device_holds():
     whole, data, fsdp, mixed = held(1, 1, 1), held(8, 1, 1), held(1, 8, 1), held(2, 2, 2)
     assert data == whole
     for stage, size in whole.items():
-        assert size / 8 <= fsdp[stage] < 1.01 * size / 8
-        assert size / 4 <= mixed[stage] < 1.15 * size / 4
+        assert size / 8 <= fsdp[stage] < 1.05 * size / 8
+        assert size / 4 <= mixed[stage] < 1.2 * size / 4
 
 
 def test_an_autoencoder_trained_on_does_not_fit_the_diffusion_any_more(tiny, tmp_path, finished):
