@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 # Seconds that a process which is done waits for the others before it gives them up.
 SHUTDOWN_TIMEOUT = 60
+# Seconds without a sign of life after which a process is given up. One on its own may be as
+# long asleep as the machine it runs on.
+HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_ALONE = 100, 10**8
 
 
 def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -45,7 +48,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
             with socket.socket() as probe:
                 probe.bind(("localhost", 0))
                 port = probe.getsockname()[1]
-            _join(f"localhost:{port}", 1, 0)
+            _join(f"localhost:{port}", 1, 0, heartbeat_timeout=HEARTBEAT_TIMEOUT_ALONE)
     logger.info(
         "process %d of %d, %d of %d devices (%s)",
         jax.process_index(),
@@ -61,11 +64,18 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
 
 
 def _join(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
         )
     except RuntimeError as error:
         raise UserError(
