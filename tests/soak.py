@@ -50,8 +50,10 @@ def config(tiny: tiny_lib.Tiny):
     )
 
 
-def _command(arguments: list[str], log: str) -> None:
+def _command(arguments: list[str], log: str, kill: tuple[str, int, signal.Signals] | None) -> None:
     """The main command, as `python -m cosmos_jax.main` runs it."""
+    if kill is not None:
+        _kill_itself(*kill)
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -61,8 +63,25 @@ def _command(arguments: list[str], log: str) -> None:
     commands.run(main.main, required=("config",))
 
 
-def start(arguments: list[str], log: Path) -> Any:
-    process = context.Process(target=_command, args=(arguments, str(log)))
+def _kill_itself(name: str, count: int, number: signal.Signals) -> None:
+    """Kills this process before it opens a file with `name` in its name for the `count`-th time."""
+    left = count
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open" and name in str(arguments[0]):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+def start(
+    arguments: list[str], log: Path, kill: tuple[str, int, signal.Signals] | None = None
+) -> Any:
+    """Starts a run in a process, which kills itself if it is told when and how."""
+    process = context.Process(target=_command, args=(arguments, str(log), kill))
     process.start()
     return process
 
