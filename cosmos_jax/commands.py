@@ -31,10 +31,15 @@ def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None
         sys.exit(2)
 
 
-def check(argv: Sequence[str], config: ConfigDict) -> None:
-    """UserError if anything but flags was given or the config file could not be read."""
+def check_arguments(argv: Sequence[str]) -> None:
+    """UserError if anything but flags was given."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+
+
+def check(argv: Sequence[str], config: ConfigDict) -> None:
+    """UserError if anything but flags was given or the config file could not be read."""
+    check_arguments(argv)
     try:
         config.to_dict()  # ml_collections puts off the error until the config is looked at
     except OSError as error:

@@ -114,6 +114,24 @@ def base() -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.num_texts = 1_000  # held-out texts for reconstruction and losses
     config.evaluate.batch_size = 256
+    # Protocols of `scores/protocols.py`, with commas between them; "" for none. Whatever below
+    # is not as a protocol has it becomes part of the name under which its scores are given.
+    config.evaluate.protocols = "offline"
+    config.evaluate.words = "regex"  # what n-grams consist of: regex | spacy
+    config.evaluate.block_size = 1_000  # texts that are scored as one set
+    config.evaluate.seeds = 5  # of MAUVE's k-means
+    config.evaluate.stemming = True  # in ROUGE
+    # Directories or Hugging Face ids.
+    config.evaluate.perplexity_model = "openai-community/gpt2-large"
+    config.evaluate.feature_model = "openai-community/gpt2-large"
+    config.evaluate.bertscore_model = "FacebookAI/roberta-large"
+    config.evaluate.bertscore_layer = 0  # 0: the one that the authors of BERTScore chose
+    # Classifiers, and name or number of the label that counts; "": a stand-in learned from the
+    # references.
+    config.evaluate.style_model = ""
+    config.evaluate.style_label = "neutral"
+    config.evaluate.fluency_model = ""
+    config.evaluate.fluency_label = "1"
 
     # Devices along each axis; -1: what is left.
     config.mesh = ConfigDict()
@@ -258,6 +276,8 @@ def validate(config: ConfigDict) -> None:
         "autoencoder.vocabulary_min_count",
         "generate.num_texts",
         "evaluate.num_texts",
+        "evaluate.block_size",
+        "evaluate.seeds",
     ):
         require(flatten(config)[field] >= 1, field, "at least 1")
     for stage in ("autoencoder", "diffusion"):
@@ -267,7 +287,12 @@ def validate(config: ConfigDict) -> None:
             f"{stage}.accumulate",
             f"a divisor of the batch size, {batch_size}",
         )
-    for field in ("autoencoder.steps", "diffusion.steps", "data.num_train_texts"):
+    for field in (
+        "autoencoder.steps",
+        "diffusion.steps",
+        "data.num_train_texts",
+        "evaluate.bertscore_layer",
+    ):
         require(flatten(config)[field] >= 0, field, "0 or more")
     for field in (
         "autoencoder.dropout",
@@ -301,6 +326,7 @@ def validate(config: ConfigDict) -> None:
         ("diffusion.answer", ("mean", "x0")),
         ("autoencoder.vocabulary", ("encoder", "corpus")),
         ("autoencoder.head_init", ("random", "regression")),
+        ("evaluate.words", ("regex", "spacy")),
     ):
         require(flatten(config)[field] in choices, field, "one of " + ", ".join(choices))
     for stage in ("autoencoder", "diffusion"):

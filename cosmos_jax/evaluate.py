@@ -1,152 +1,170 @@
-"""The stage that writes `evaluation.json`: losses on held-out text and scores of the samples.
+"""Scores the texts of any system by named protocols.
 
-Generated and real texts are compared in one form: cut to `data.max_length` tokens of the
-encoder and decoded back, so that neither letter case nor spacing tells them apart.
+python -m cosmos_jax.evaluate --texts=FILE --references=FILE --protocol=offline --out=FILE.json
+
+A file holds one text a line, or, if its name ends in .jsonl, objects with `text`; both may be
+compressed by gzip. The `samples.jsonl` of a run has its references and sources within.
 """
 
-import functools
-import hashlib
-import itertools
+import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos_jax import distributed, pipeline, provenance, text_metrics, workdir
-from cosmos_jax.data import tokens
-from cosmos_jax.data.sources import Rows
+from absl import flags
+
+from cosmos_jax import commands, encoder, provenance, workdir
+from cosmos_jax import config as config_lib
+from cosmos_jax.data import files, tokens
+from cosmos_jax.data.jsonl import SUFFIXES
 from cosmos_jax.errors import UserError
-from cosmos_jax.generate import read_samples
-from cosmos_jax.run import Run
-from cosmos_jax.train import Totals, add, make_validation, means
+from cosmos_jax.scores import protocols, table
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cosmos_jax")
 
-# Memorisation looks for generated n-grams in this many training texts, as the paper does.
-MEMORISATION_TEXTS = 100_000
+_TEXTS = flags.DEFINE_string("texts", None, "The texts to score.")
+_REFERENCES = flags.DEFINE_string("references", "", "Real texts; default: those in --texts.")
+_SOURCES = flags.DEFINE_string("sources", "", "What each text was generated from.")
+_TRAINING = flags.DEFINE_string("training", "", "Training texts, for memorisation.")
+_PROTOCOL = flags.DEFINE_string("protocol", "offline", ", ".join(protocols.PROTOCOLS))
+_OUT = flags.DEFINE_string("out", None, "The JSON file to write.")
+_PAIRED = flags.DEFINE_bool(
+    "paired", None, "Reference i is the answer to what text i answers; default: where it must be."
+)
+_ENCODER = flags.DEFINE_string("encoder", "minilm", "The text encoder: it cuts texts to length.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 128, "Tokens that texts are cut to.")
 
-# The trained parameters of each stage.
-PARAMETERS = {
-    "autoencoder": ("compressor", "decompressor"),
-    "diffusion": ("denoiser", "condition_encoder"),
+# Every field of `config.evaluate` that a protocol rests on is a flag too.
+_SETTINGS = {
+    name: value
+    for name, value in config_lib.base().evaluate.items()
+    if name not in ("num_texts", "batch_size", "protocols")
 }
+_DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, str: flags.DEFINE_string}
+for _name, _value in _SETTINGS.items():
+    _DEFINE[type(_value)](_name, _value, "As config.evaluate has it; see cosmos_jax/config.py.")
 
 
-def evaluate(run: Run) -> None:
-    """Scores the finished stages and `samples.jsonl`.
-
-    What is done is kept in `evaluation.partial.json`, so that a run that is stopped or killed
-    goes on after the last batch of held-out texts or the last score.
-    """
-    path, partial = run.workdir / "evaluation.json", run.workdir / "evaluation.partial.json"
-    samples_path = run.workdir / "samples.jsonl"
-    samples_hash = distributed.on_first(lambda: _hash(samples_path))
-    finished = pipeline.finished(run)
-    identity = {
-        **finished.identity,
-        "samples_sha256": samples_hash,
-        "num_texts": run.config.evaluate.num_texts,
-    }
-    recorded = distributed.on_first(lambda: workdir.read_json(path))
-    if recorded is not None and recorded["identity"] == identity:
-        logger.info("evaluate: finished")
-        distributed.on_first(lambda: partial.unlink(missing_ok=True))
-        return
-    state = distributed.on_first(lambda: workdir.read_json(partial))
-    if state is None or state["identity"] != identity:
-        state = {"identity": identity, "held_out": {}, "texts": {}}
-
-    def save() -> None:
-        distributed.on_first(lambda: workdir.write_json(partial, state))
-        if distributed.preempted():
-            raise distributed.Preempted("evaluate: what is done is saved")
-
-    for name in finished.stages:
-        sums = state["held_out"].setdefault(name, {"texts": 0, "totals": {}})
-        for texts, totals in held_out_sums(run, finished, name, **sums):
-            sums.update(texts=texts, totals=totals)
-            save()
-    for name, score in text_scores(run, samples_path).items():
-        if name not in state["texts"]:
-            state["texts"][name] = distributed.on_first(score)
-            save()
-    held_out = {name: means(sums["totals"]) for name, sums in state["held_out"].items()}
-    result = {**state, "held_out": held_out, **provenance.versions()}
-    distributed.on_first(lambda: workdir.write_json(path, result))
-    distributed.on_first(lambda: partial.unlink(missing_ok=True))
-
-
-def held_out_sums(
-    run: Run, finished: pipeline.Finished, name: str, texts: int, totals: Totals
-) -> Iterator[tuple[int, Totals]]:
-    """A stage's losses and accuracies on test texts as sums over the first ones, ever more.
-
-    Goes on from the `totals` of as many `texts` as are given.
-    """
-    stage, settings = finished.stages[name], run.config.evaluate
-    names = [part for part in PARAMETERS[name] if part in finished.weights]
-    params = {part: finished.weights[part] for part in names}
-    batches = run.ordered_batches(run.dataset.test, settings.batch_size, settings.num_texts, texts)
-    for (_, count), more in zip(
-        batches.batches, make_validation(stage, run, batches)(params), strict=True
-    ):
-        texts, totals = texts + count, add(totals, more)
-        yield texts, totals
-
-
-def text_scores(run: Run, samples_path: Path) -> dict[str, Callable[[], Any]]:
-    """Scores of the generated texts, beside those of as many real ones; each when called."""
-    samples = functools.cache(lambda: read_samples(samples_path))
-    generated = functools.cache(lambda: [sample["text"] for sample in samples()])
-
-    @functools.cache
-    def real() -> list[str]:
-        if run.dataset.conditional:
-            return _normalise(run, [sample["reference"] for sample in samples()])
-        return _normalise(run, _texts(run.dataset.test, len(samples())))
-
-    def memorisation() -> float:
-        training = _normalised_in_parts(run, _texts(run.dataset.train, MEMORISATION_TEXTS))
-        return text_metrics.memorisation(generated(), training)
-
-    scores: dict[str, Callable[[], Any]] = {
-        "count": lambda: len(generated()),
-        "empty": lambda: sum(not text for text in generated()),
-        "generated": lambda: _unpaired(generated()),
-        "real": lambda: _unpaired(real()),
-        "memorisation": memorisation,
-    }
-    if run.dataset.conditional:
-        scores["rouge"] = lambda: text_metrics.rouge(generated(), real())
-        scores["bleu"] = lambda: text_metrics.bleu(generated(), real())
-    return scores
-
-
-def _hash(samples_path: Path) -> str:
-    try:
-        return hashlib.sha256(samples_path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise UserError(
-            f"{samples_path} is missing: run --stage=generate first (or --stage=all)"
-        ) from None
-
-
-def _unpaired(texts: list[str]) -> dict[str, float]:
+def evaluate(texts: protocols.Texts) -> dict[str, Any]:
+    """Scores by name, problems, and what they are scores of: the content of `evaluation.json`."""
+    state: dict[str, Any] = {"scores": {}, "done": [], "problems": {}}
+    for name, piece in protocols.pieces(texts).items():
+        state = protocols.compute(state, name, piece)
+    names = protocols.parse(texts.settings.protocols)
     return {
-        "diversity": text_metrics.diversity(texts),
-        "unigram_entropy": text_metrics.unigram_entropy(texts),
+        **state,
+        "protocols": [protocols.full_name(name, texts.settings) for name in names],
+        "texts": protocols.summary(texts),
+        "settings": texts.settings.to_dict(),
+        **provenance.versions(),
     }
 
 
-def _texts(rows: Rows, limit: int) -> list[str]:
-    return [rows[i].text for i in range(min(limit, len(rows)))]
+def read(path: Path, *fields: str) -> list[str]:
+    """The texts of a file, with objects of one line the first of the `fields` there is.
+
+    Raises:
+      UserError: with file and line, what is not as it should be; a file without texts.
+    """
+    texts = []
+    for number, line in files.lines(path):
+        if not path.name.endswith(SUFFIXES):
+            texts.append(line.strip())
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+        found = [value[f] for f in fields if isinstance(value, dict) and f in value]
+        if not found or not isinstance(found[0], str):
+            raise UserError(f"{path}:{number}: needs an object with the text {fields[0]!r}")
+        texts.append(found[0].strip())
+    if not any(texts):
+        raise UserError(f"{path}: holds no texts")
+    return texts
 
 
-def _normalise(run: Run, texts: list[str]) -> list[str]:
-    return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
+def _within(path: Path, field: str) -> list[str]:
+    """A field that the objects of the texts may have beside the text, or nothing."""
+    if not path.name.endswith(SUFFIXES):
+        return []
+    first = next(iter(files.lines(path)), (0, ""))[1]
+    return read(path, field) if f'"{field}"' in first else []
 
 
-def _normalised_in_parts(run: Run, texts: Iterable[str]) -> Iterable[str]:
-    iterator = iter(texts)
-    while part := list(itertools.islice(iterator, 1_024)):
-        yield from _normalise(run, part)
+def open_texts() -> protocols.Texts:
+    """What the flags name; UserError for anything that cannot be scored."""
+    config = config_lib.base()
+    settings = config.evaluate
+    settings.update({name: flags.FLAGS[name].value for name in _SETTINGS})
+    settings.protocols = _PROTOCOL.value
+    config_lib.validate(config)
+    names = protocols.parse(settings.protocols)
+    path = Path(_TEXTS.value)
+    texts = read(path, "text")
+    of_texts = [] if _REFERENCES.value else _within(path, "reference")
+    references = of_texts or (
+        read(Path(_REFERENCES.value), "text", "reference", "target") if _REFERENCES.value else []
+    )
+    if not references:
+        raise UserError(f"{path} has no 'reference' of each text: give --references=FILE")
+    sources = (
+        read(Path(_SOURCES.value), "source", "text") if _SOURCES.value else _within(path, "source")
+    )
+    where = _REFERENCES.value or str(path)
+    for number, text in enumerate(references, 1):
+        if not text:
+            raise UserError(f"{where}:{number}: an empty reference; remove it, and its text")
+    paired = _PAIRED.value
+    if paired is None:
+        paired = bool(of_texts or sources) or any(protocols.PROTOCOLS[n].paired for n in names)
+    for what, group in (("references", references if paired else texts), ("sources", sources)):
+        if group and len(group) != len(texts):
+            raise UserError(
+                f"{path} has {len(texts)} texts, but there are {len(group)} {what}: line i of one "
+                "must belong to line i of the other"
+            )
+    text_encoder = encoder.load(_ENCODER.value)
+    length = _MAX_LENGTH.value
+    if not 3 <= length <= text_encoder.config.max_positions:
+        raise UserError(
+            f"--max_length={length}: from 3 to {text_encoder.config.max_positions}, the encoder's"
+        )
+
+    def normalise(some: list[str]) -> list[str]:
+        return tokens.round_trip(text_encoder.tokenizer, some, length)
+
+    return protocols.Texts(
+        generated=texts,
+        references=references,
+        sources=sources,
+        paired=paired,
+        training=(lambda: normalise(read(Path(_TRAINING.value), "text", "target")))
+        if _TRAINING.value
+        else None,
+        normalise=normalise,
+        form=f"{length} tokens of {text_encoder.name}",
+        encoder=text_encoder,
+        settings=settings,
+    )
+
+
+def main(argv: list[str]) -> None:
+    commands.check_arguments(argv)
+    out = Path(_OUT.value)
+    if not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no folder {out.parent}")
+    result = evaluate(open_texts())
+    workdir.write_json(out, result)
+    for name, problem in result["problems"].items():
+        logger.warning("no %s: %s", name, problem)
+    empty = result["texts"]["generated"]["empty"]
+    if empty:
+        logger.warning("%d of the texts are empty", empty)
+    print("\n".join(table.lines(result["scores"])))
+    if not result["scores"]:
+        raise UserError(f"no score could be had; {out} says why")
+
+
+if __name__ == "__main__":
+    commands.run(main, required=("texts", "out"))

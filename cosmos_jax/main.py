@@ -3,16 +3,13 @@
 python -m cosmos_jax.main --config=configs/summarize.py --workdir=runs/xsum
 """
 
-import contextlib
-import dataclasses
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from cosmos_jax import commands, distributed
 from cosmos_jax import config as config_lib
@@ -35,48 +32,6 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, wit
 logger = logging.getLogger("cosmos_jax")
 
 
-def open_run(config: ConfigDict, workdir: Path):
-    """Loads what the config names, data first; UserError if any of it will not do."""
-    from cosmos_jax import encoder, sharding
-    from cosmos_jax.data import sources
-    from cosmos_jax.run import Run
-
-    mesh = sharding.make_mesh(config.mesh)
-    dataset = sources.load(config.data.source, config.data.directory)
-    if config.data.num_train_texts:
-        train = sources.Spread(dataset.train, config.data.num_train_texts)
-        dataset = dataclasses.replace(dataset, train=train)
-    text_encoder = encoder.load(config.encoder.name)
-    config = config_lib.resolve(config, text_encoder.config, dataset.conditional)
-    return Run(config, workdir, mesh, text_encoder, dataset)
-
-
-def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
-    """Trains, generates and evaluates; `stage` is one of STAGES but describe.
-
-    Raises:
-      UserError: something the user can mend.
-      distributed.Preempted: SIGTERM came; the same call goes on from there.
-    """
-    from cosmos_jax import evaluate, generate, pipeline, results
-    from cosmos_jax.workdir import claim, locked
-
-    run = distributed.in_turn(lambda: open_run(config, workdir))
-    wanted = STAGES[1:-1] if stage == "all" else (stage,)
-    with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):
-        distributed.on_first(lambda: stack.enter_context(locked(workdir)))
-        distributed.on_first(lambda: claim(workdir, run.config))
-        for name in wanted:
-            if name in pipeline.STAGES:
-                pipeline.train_stage(run, name)
-            elif name == "generate":
-                generate.generate(run)
-            else:
-                evaluate.evaluate(run)
-        if "evaluate" in wanted and distributed.is_first():
-            print(results.table(run))
-
-
 def main(argv: list[str]) -> None:
     config = _CONFIG.value
     commands.check(argv, config)
@@ -94,6 +49,8 @@ def main(argv: list[str]) -> None:
             f"--workdir={workdir} is not a folder: mount that storage, a bucket with gcsfuse for "
             "example, and name the folder"
         )
+    from cosmos_jax.runner import run_stages  # takes seconds: not for a wrong flag
+
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         run_stages(config, Path(workdir).absolute(), _STAGE.value)

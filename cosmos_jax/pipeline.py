@@ -67,13 +67,23 @@ def autoencoder_stage(run: Run) -> tuple[Cosmos, Stage]:
     return model, stage
 
 
-def diffusion_stage(run: Run) -> Finished:
-    """Both stages, with the weights of stage one, which must be finished."""
+def trained_autoencoder(run: Run) -> tuple[Cosmos, Weights]:
+    """The model, with the weights of stage one, which must be finished."""
+    model, _, _, weights = _trained_autoencoder(run)
+    return model, weights
+
+
+def _trained_autoencoder(run: Run) -> tuple[Cosmos, Stage, int, Weights]:
     directory = autoencoder_directory(run)
     _require_finished(run, "autoencoder", directory)
     model, first = autoencoder_stage(run)
     step, params = _parameters(run, first, directory)
-    weights = {**first.frozen, **params}
+    return model, first, step, {**first.frozen, **params}
+
+
+def diffusion_stage(run: Run) -> Finished:
+    """Both stages, with the weights of stage one, which must be finished."""
+    model, first, step, weights = _trained_autoencoder(run)
     if model.conditional:
         weights |= trained.no_source(run, model, weights)
     statistics = trained.statistics(run.workdir / "diffusion")

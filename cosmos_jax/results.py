@@ -6,6 +6,7 @@ from typing import Any
 from cosmos_jax import generate, metrics, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
+from cosmos_jax.scores import table as score_table
 
 NUM_EXAMPLES = 5
 
@@ -25,19 +26,11 @@ def table(run: Run) -> str:
         key = f"validation_{name}"
         if stage in after:
             rows.append((label, f"{before[stage][key]:.4f}", f"{after[stage][key]:.4f}"))
-    texts = evaluation["texts"]
-    rows += [("", "", ""), (f"{texts['count']} texts", "generated", "real")]
-    for name in texts["generated"]:
-        label = name.replace("_", " ")
-        rows.append((label, f"{texts['generated'][name]:.4f}", f"{texts['real'][name]:.4f}"))
-    rows.append(("4-grams seen in training", f"{texts['memorisation']:.4f}", ""))
-    for name, value in texts.get("rouge", {}).items():
-        if isinstance(value, float):
-            rows.append((name, f"{value:.2f}", ""))
-    if "bleu" in texts:
-        rows.append(("BLEU", f"{texts['bleu']['bleu']:.2f}", ""))
     width = max(len(label) for label, _, _ in rows)
     lines = [f"{label:<{width}}  {a:>15}  {b:>15}".rstrip() for label, a, b in rows]
+    count = evaluation["texts"]["generated"]["count"]
+    lines += ["", f"{count} texts", *score_table.lines(evaluation["scores"])]
+    lines += [f"no {name}: {text}" for name, text in evaluation["problems"].items()]
     return "\n".join(["", _summary(run), "", *lines, "", *_examples(run)])
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cosmos_jax import distributed, metrics, optimizer, sharding
+from cosmos_jax import distributed, metrics, optimizer, report, sharding
 from cosmos_jax.checkpoint import Checkpoints, shapes_on
 from cosmos_jax.data.batches import Batch as HostBatch
 from cosmos_jax.data.batches import OrderedBatches, prefetch
@@ -174,9 +174,11 @@ def train(
             values = means(functools.reduce(add, validate(params), {}))
             values = {f"validation_{name}": value for name, value in values.items()}
             writer.write(step, values)
+            if first:
+                report.try_to_write(run.workdir)
             return values
 
-        def report(step: int, values: dict[str, jax.Array]) -> None:
+        def log(step: int, values: dict[str, jax.Array]) -> None:
             host = {name: float(value) for name, value in jax.device_get(values).items()}
             if not (math.isfinite(host["loss"]) and math.isfinite(host["gradient_norm"])):
                 raise UserError(
@@ -205,7 +207,7 @@ def train(
             state, values = step_fn(state, stage.frozen, sharding.put_batch(batch, run.mesh), key)
             # The step before is read only now, so that the device always has work.
             if pending is not None:
-                report(*pending)
+                log(*pending)
             done = step + 1
             pending = (done, values)
             stopping, last = distributed.preempted(), done == settings.steps
@@ -214,7 +216,7 @@ def train(
             # Whether a step competes for the best must not depend on when a run was stopped.
             saving = saving or (evaluating and bool(settings.best_metric))
             if evaluating or saving:
-                report(*pending)
+                log(*pending)
                 pending = None
             validation = evaluate(done) if evaluating else None
             if saving:

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
     """The workdir of an unconditional run that was never stopped; copy it to change it."""
-    from cosmos_jax.main import run_stages
+    from cosmos_jax.runner import run_stages
 
     workdir = tmp_path_factory.mktemp("runs") / "texts"
     run_stages(tiny.config(), workdir)
@@ -45,7 +45,7 @@ def finished(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished_pairs(tiny, tmp_path_factory):
     """The same of a conditional run with guidance."""
-    from cosmos_jax.main import run_stages
+    from cosmos_jax.runner import run_stages
 
     workdir = tmp_path_factory.mktemp("runs") / "pairs"
     run_stages(tiny.pairs_config(), workdir)

@@ -19,7 +19,7 @@ import jax
 
 from cosmos_jax import distributed, optimizer, pipeline, provenance, sharding
 from cosmos_jax.checkpoint import Checkpoints
-from cosmos_jax.main import open_run
+from cosmos_jax.runner import open_run
 from cosmos_jax.train import init_state, make_step
 
 

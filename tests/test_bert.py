@@ -1,5 +1,6 @@
-"""Our BERT against transformers' PyTorch BERT with the same weights."""
+"""Our BERT against transformers' PyTorch BERT and RoBERTa with the same weights."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -13,7 +14,12 @@ from random_params import random_params
 from cosmos_jax import encoder
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import bert
-from cosmos_jax.models.bert import Bert, BertConfig, from_flax_names, from_torch_names
+from cosmos_jax.models.bert import (
+    Bert,
+    BertConfig,
+    RobertaConfig,
+    from_torch_names,
+)
 
 TINY = dict(
     vocab_size=50,
@@ -55,11 +61,11 @@ def apply(config, params, ids, mask, dtype=jnp.float32):
     return np.asarray(jitted(config, dtype)({"params": params}, ids, mask))
 
 
-def tiny_torch_bert(torch, **changes):
+def tiny_torch_bert(torch, family="Bert", **changes):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.BertConfig(**{**TINY, **changes})
-    model = transformers.BertModel(config, add_pooling_layer=True).eval()
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
+    model = getattr(transformers, f"{family}Model")(config, add_pooling_layer=True).eval()
     with torch.no_grad():  # Initial biases are 0 and gains 1, which hides mistakes.
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -106,6 +112,52 @@ def test_random_weights_with_every_activation(torch, activation):
         output = model(torch.tensor(ids), attention_mask=torch.tensor(mask).long())
     actual = apply(ours, params, ids, mask)
     np.testing.assert_allclose(actual[mask], output.last_hidden_state.numpy()[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [1, 3])
+@pytest.mark.parametrize("prefix", ["", "roberta."])
+def test_roberta_with_random_weights(torch, padding, prefix):
+    model, config = tiny_torch_bert(
+        torch, "Roberta", pad_token_id=padding, type_vocab_size=1, layer_norm_eps=1e-5
+    )
+    ours = BertConfig.from_huggingface(config.to_dict())
+    assert isinstance(ours, RobertaConfig)
+    assert ours.max_positions == TINY["max_position_embeddings"] - padding - 1
+    state = {prefix + name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    params = from_torch_names(ours, state)
+    # As long as it can be; and no word is the padding, which it tells by its id.
+    ids, mask = random_tokens(2, length=ours.max_positions)
+    ids = np.where(mask, np.where(ids == padding, padding + 1, ids), padding)
+    with torch.no_grad():
+        output = model(torch.tensor(ids), attention_mask=torch.tensor(mask).long())
+    actual = apply(ours, params, ids, mask)
+    np.testing.assert_allclose(actual[mask], output.last_hidden_state.numpy()[mask], atol=1e-5)
+    with pytest.raises(UserError, match=f"which has {ours.max_positions} positions"):
+        apply(ours, params, np.pad(ids, ((0, 0), (0, 1))), np.pad(mask, ((0, 0), (0, 1))))
+
+
+def test_roberta_runs_wherever_a_bert_is_built_from_its_sizes():
+    config, params, ids, mask = tiny()
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(BertConfig)}
+    roberta = RobertaConfig(**fields, first_position=5)
+    tensors = torch_names(config, params)
+    name = "embeddings.position_embeddings.weight"
+    tensors[name] = np.concatenate([np.full((5, 24), np.nan), tensors[name]])
+    read = from_torch_names(roberta, tensors)
+    np.testing.assert_array_equal(apply(config, read, ids, mask), apply(config, params, ids, mask))
+    with pytest.raises(UserError, match=r"has shape \[25, 24\], but its config asks for \[20, 24"):
+        from_torch_names(config, tensors)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_what_we_write_says_the_same_to_transformers_and_to_us(model_type):
+    transformers = pytest.importorskip("transformers")
+    written = {**TINY, "model_type": model_type, "pad_token_id": 4, "layer_norm_eps": 1e-5}
+    sizes = BertConfig.from_huggingface(written)
+    assert BertConfig.from_huggingface(sizes.to_huggingface()) == sizes
+    theirs = transformers.AutoConfig.for_model(**sizes.to_huggingface())
+    assert (theirs.model_type, theirs.max_position_embeddings) == (model_type, 20)
+    assert model_type == "bert" or theirs.pad_token_id == 4
 
 
 @functools.cache
@@ -164,26 +216,6 @@ def test_old_and_prefixed_names_read_alike():
         jax.tree.map(np.testing.assert_array_equal, read, jax.tree.map(np.asarray, params))
 
 
-def test_flax_names():
-    config, params, *_ = tiny()
-    tree: dict = {}
-    for name, tensor in torch_names(config, params).items():
-        *path, leaf = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        if leaf == "bias":
-            node["bias"] = tensor
-        elif "LayerNorm" in name:
-            node["scale"] = tensor
-        elif "embeddings" in name:
-            node["embedding"] = tensor
-        else:
-            node["kernel"] = tensor.T
-    for given in (tree, {"params": {"bert": tree}}):
-        jax.tree.map(np.testing.assert_array_equal, from_flax_names(config, given), params)
-
-
 def test_weights_that_do_not_fit():
     config, params, *_ = tiny()
     tensors = torch_names(config, params)
@@ -200,7 +232,11 @@ def test_weights_that_do_not_fit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "roberta"}, "only 'bert' will do"),
+        ({"model_type": "gpt2"}, "only 'bert' and 'roberta' will do"),
+        (
+            {"model_type": "roberta", "pad_token_id": 30},
+            "max_positions is 0; it must be a positive",
+        ),
         ({"position_embedding_type": "relative_key"}, "only 'absolute' will do"),
         ({"is_decoder": True}, "is a decoder"),
         ({"hidden_act": "swish"}, "activation 'swish' is not supported"),

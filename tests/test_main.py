@@ -15,7 +15,7 @@ import tiny as tiny_lib
 from cosmos_jax import config as config_lib
 from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
-from cosmos_jax.main import run_stages
+from cosmos_jax.runner import run_stages
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +40,9 @@ def test_what_a_run_leaves(complete, tiny):
         "samples.jsonl",
         "generation.json",
         "evaluation.json",
+        "examples.json",
+        "timing.jsonl",
+        "report.html",
     }
     # The last two checkpoints of each stage.
     for stage, steps in (("autoencoder", {"60", "80"}), ("diffusion", {"20", "30"})):
@@ -121,16 +124,20 @@ def test_evaluation_of_a_run(complete, tiny):
         for split in tiny_lib.NUM_ROWS
     }
     generated = [json.loads(line)["text"] for line in content.splitlines()]
-    scores = evaluation["texts"]
-    assert scores["count"] == 6
-    assert scores["empty"] == generated.count("")
-    for name, group in (("generated", generated), ("real", texts["test"][:6])):
-        assert scores[name]["diversity"] == pytest.approx(diversity(group))
+    summary, scores = evaluation["texts"], evaluation["scores"]
+    assert summary["generated"]["count"] == 6
+    assert summary["generated"]["empty"] == generated.count("")
+    said = [text for text in generated if text]
+    assert scores["diversity"]["value"] == pytest.approx(diversity(said))
+    assert scores["diversity"]["real"] == pytest.approx(diversity(texts["test"][: len(said)]))
     seen = set().union(*(ngrams(text, 4) for text in texts["train"]))
     counts = sum((ngrams(text, 4) for text in generated), Counter())
     known = sum(count for ngram, count in counts.items() if ngram in seen)
-    assert scores["memorisation"] == pytest.approx(known / max(1, counts.total()))
-    assert ("bleu" in scores) == ("rouge" in scores) == (data == tiny.pairs)
+    assert scores["memorisation"]["value"] == pytest.approx(known / max(1, counts.total()))
+    assert ("bleu" in scores) == ("rouge1" in scores) == (data == tiny.pairs)
+    assert scores["latent_frechet"]["value"] > scores["latent_frechet"]["real"]
+    assert {score["protocol"] for score in scores.values()} == {"offline", "latents"}
+    assert "at least 50" in evaluation["problems"]["encoder_mauve"]
 
 
 def ngrams(text, n):
@@ -162,7 +169,7 @@ def test_a_finished_run_finds_its_work_done(complete, capsys, monkeypatch):
     # Nothing is trained or sampled: the functions that would are not there.
     monkeypatch.delattr("cosmos_jax.train.make_step")
     monkeypatch.delattr("cosmos_jax.generate.make_generator")
-    monkeypatch.delattr("cosmos_jax.evaluate.held_out_sums")
+    monkeypatch.delattr("cosmos_jax.evaluation.held_out_sums")
     run_stages(config, workdir)
     assert state(workdir) == before
     table = capsys.readouterr().out
@@ -176,8 +183,9 @@ def test_a_finished_run_finds_its_work_done(complete, capsys, monkeypatch):
     ]
     assert row.split()[-2:] == [f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]
     (row,) = [line for line in table.splitlines() if line.startswith("diversity")]
-    scores = evaluation["texts"]
-    assert row.split()[1:] == [f"{scores[who]['diversity']:.4f}" for who in ("generated", "real")]
+    score = evaluation["scores"]["diversity"]
+    assert row.split()[1] == f"{score['value']:.4f}"
+    assert row.split()[-2:] == [f"{score['real']:.4f}", "offline"]
     for sample in tiny_lib.read_rows(workdir / "samples.jsonl")[:5]:
         assert sample["text"] in table
         assert sample.get("source", "") in table

@@ -19,7 +19,7 @@ import pytest
 import tiny as tiny_lib
 
 from cosmos_jax import distributed
-from cosmos_jax.main import run_stages
+from cosmos_jax.runner import run_stages
 
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2"]
@@ -67,6 +67,10 @@ def assert_same_results(workdir, reference):
         json.loads((path / "evaluation.json").read_text()) for path in (workdir, reference)
     )
     assert ours["texts"] == theirs["texts"]
+    assert ours["problems"] == theirs["problems"]
+    assert ours["scores"].keys() == theirs["scores"].keys()
+    for name, score in theirs["scores"].items():
+        np.testing.assert_allclose(ours["scores"][name]["value"], score["value"], rtol=1e-4)
     for stage, values in theirs["held_out"].items():
         for name, value in values.items():
             np.testing.assert_allclose(ours["held_out"][stage][name], value, rtol=1e-5)
@@ -86,7 +90,7 @@ import sys
 sys.path[:0] = ["tests"]
 from pathlib import Path
 import saved_config
-from cosmos_jax.main import run_stages
+from cosmos_jax.runner import run_stages
 for path in sys.argv[1:]:
     run_stages(saved_config.get_config(path), Path(path).with_suffix(""))
 """

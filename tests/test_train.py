@@ -14,7 +14,7 @@ from cosmos_jax import config as config_lib
 from cosmos_jax import distributed, optimizer, pipeline
 from cosmos_jax.checkpoint import Checkpoints
 from cosmos_jax.errors import UserError
-from cosmos_jax.main import open_run, run_stages
+from cosmos_jax.runner import open_run, run_stages
 from cosmos_jax.stages import autoencoder
 from cosmos_jax.stages.base import Stage, row_keys
 from cosmos_jax.train import TrainState, init_state, make_step

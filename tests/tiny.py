@@ -13,11 +13,11 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
-from cosmos_jax.main import open_run
 from cosmos_jax.models.bert import BertConfig
 from cosmos_jax.models.torch_files import load_torch_file
 from cosmos_jax.models.weights import BERT_PREFIX
 from cosmos_jax.run import Run
+from cosmos_jax.runner import open_run
 
 FIXTURE = Path(__file__).parent / "fixtures" / "official_tiny"
 

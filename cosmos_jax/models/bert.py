@@ -1,4 +1,4 @@
-"""The frozen text encoder: BERT without its pooler, and the table of renames for its weights.
+"""BERT and RoBERTa without their poolers, and the table of renames for their weights.
 
 Shapes: B texts, L tokens, D features, H heads, K features of a head.
 Residual stream, layer norms and softmax are float32; only matrix products run in `dtype`.
@@ -70,16 +70,23 @@ class BertConfig:
                 f" {self.num_heads} heads"
             )
 
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of positions in the file: the last `max_positions` are read."""
+        return self.max_positions
+
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> BertConfig:
-        """Reads the dictionary of a Hugging Face `config.json`.
+        """Reads the dictionary of a Hugging Face `config.json`; a `RobertaConfig` for RoBERTa's.
 
         Raises:
           UserError: not a plain BERT encoder with absolute positions, or a size is missing.
         """
         model_type = config.get("model_type", "bert")
-        if model_type != "bert":
-            raise UserError(f"encoder config: model_type is {model_type!r}; only 'bert' will do")
+        if model_type not in ("bert", "roberta"):
+            raise UserError(
+                f"encoder config: model_type is {model_type!r}; only 'bert' and 'roberta' will do"
+            )
         positions = config.get("position_embedding_type") or "absolute"
         if positions != "absolute":
             raise UserError(
@@ -90,12 +97,13 @@ class BertConfig:
         missing = [name for name in _HUGGINGFACE_NAMES.values() if name not in config]
         if missing:
             raise UserError(f"encoder config: {missing[0]} is missing")
-        return cls(
+        sizes = cls(
             **{ours: config[theirs] for ours, theirs in _HUGGINGFACE_NAMES.items()},
             type_vocab_size=config.get("type_vocab_size", 2),
             layer_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
             activation=config.get("hidden_act", "gelu"),
         )
+        return RobertaConfig.of(sizes, config) if model_type == "roberta" else sizes
 
     def to_huggingface(self) -> dict[str, Any]:
         """The dictionary that `from_huggingface` reads."""
@@ -106,6 +114,39 @@ class BertConfig:
             "type_vocab_size": self.type_vocab_size,
             "layer_norm_eps": self.layer_norm_eps,
             "hidden_act": self.activation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RobertaConfig(BertConfig):
+    """Sizes of a RoBERTa, which is a BERT but for its positions: they begin at `first_position`.
+
+    The rows before it are read by padding alone. So `max_positions` does not count them, the
+    weights are read without them, and `Bert` runs a RoBERTa as it is.
+    """
+
+    first_position: int = 2
+
+    @property
+    def position_rows(self) -> int:
+        return self.first_position + self.max_positions
+
+    @classmethod
+    def of(cls, sizes: BertConfig, config: Mapping[str, Any]) -> RobertaConfig:
+        """From the sizes read as if they were BERT's, and the `config.json` itself."""
+        padding = config.get("pad_token_id")
+        first = 2 if padding is None else padding + 1
+        positions = max(0, sizes.max_positions - first)
+        return cls(
+            **{**dataclasses.asdict(sizes), "max_positions": positions}, first_position=first
+        )
+
+    def to_huggingface(self) -> dict[str, Any]:
+        return super().to_huggingface() | {
+            "model_type": "roberta",
+            "architectures": ["RobertaModel"],
+            "max_position_embeddings": self.position_rows,
+            "pad_token_id": self.first_position - 1,
         }
 
 
@@ -160,7 +201,7 @@ class _Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT encoder: no pooler, no dropout, token type 0 everywhere."""
+    """BERT encoder: no pooler, no dropout, token type 0 everywhere, padding on the right."""
 
     config: BertConfig
     dtype: Dtype = jnp.float32
@@ -190,8 +231,10 @@ class Bert(nn.Module):
 
         words_BxLxD = table(config.vocab_size, "word_embeddings")(ids_BxL)
         positions_LxD = table(config.max_positions, "position_embeddings")(jnp.arange(length))
-        type_D = table(config.type_vocab_size, "token_type_embeddings")(jnp.zeros((), jnp.int32))
-        states_BxLxD = words_BxLxD + type_D + positions_LxD
+        type_1x1xD = table(config.type_vocab_size, "token_type_embeddings")(
+            jnp.zeros((1, 1), jnp.int32)
+        )
+        states_BxLxD = words_BxLxD + type_1x1xD + positions_LxD
         states_BxLxD = _layer_norm(config, "embeddings_norm")(states_BxLxD)
         mask_BxL = mask_BxL.astype(bool)
         for i in range(config.num_layers):
@@ -216,7 +259,7 @@ def _renames(config: BertConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, 
         table[*ours, "bias"] = (f"{theirs}.bias", (fan_out,))
 
     embedding("word_embeddings", "embeddings.word_embeddings", config.vocab_size)
-    embedding("position_embeddings", "embeddings.position_embeddings", config.max_positions)
+    embedding("position_embeddings", "embeddings.position_embeddings", config.position_rows)
     embedding("token_type_embeddings", "embeddings.token_type_embeddings", config.type_vocab_size)
     norm(("embeddings_norm",), "embeddings.LayerNorm")
     for i in range(config.num_layers):
@@ -234,19 +277,21 @@ def _renames(config: BertConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, 
 def from_torch_names(
     config: BertConfig, tensors: Mapping[str, np.ndarray], prefix: str | None = None
 ) -> Params:
-    """Renames the tensors of a PyTorch BERT to the parameters of `Bert`, as float32 arrays.
+    """Renames the tensors of a PyTorch BERT or RoBERTa to the parameters of `Bert`, in float32.
 
     Args:
       tensors: PyTorch names and arrays; Linear weights are [out, in]. The old names
         `LayerNorm.gamma` and `LayerNorm.beta` will do. Pooler, heads and position ids
         are left out.
-      prefix: what stands before `embeddings.` and `encoder.`; None finds `bert.` or nothing.
+      prefix: what stands before `embeddings.` and `encoder.`; None finds `bert.`, `roberta.` or
+        nothing.
 
     Raises:
       UserError: names the first tensor that is missing, of a wrong shape, or left over.
     """
     if prefix is None:
-        prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
+        families = {name.partition(".")[0] for name in tensors} & {"bert", "roberta"}
+        prefix = f"{families.pop()}." if families else ""
     found = {
         name.removeprefix(prefix)
         .replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -276,17 +321,6 @@ def from_torch_names(
             f"encoder weights: tensor {prefix}{next(iter(found))} has no place in a BERT of"
             f" {config.num_layers} layers; do its config and its weights belong together?"
         )
+    positions = params["position_embeddings", "embedding"]
+    params["position_embeddings", "embedding"] = positions[-config.max_positions :]
     return traverse_util.unflatten_dict(params)
-
-
-def from_flax_names(config: BertConfig, tree: Mapping[str, Any]) -> Params:
-    """Like `from_torch_names`, for the nested parameters of a Flax BERT of Hugging Face.
-
-    There a kernel is [in, out], and the leaves are `kernel`, `embedding`, `scale`, `bias`.
-    """
-    tensors = {}
-    for path, array in traverse_util.flatten_dict(dict(tree.get("params", tree))).items():
-        array = np.asarray(array)
-        leaf = "bias" if path[-1] == "bias" else "weight"
-        tensors[".".join((*path[:-1], leaf))] = array.T if path[-1] == "kernel" else array
-    return from_torch_names(config, tensors)

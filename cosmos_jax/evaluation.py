@@ -1,0 +1,192 @@
+"""The stage that writes `evaluation.json`: losses on held-out text and scores of the samples.
+
+Generated and real texts are compared in one form: cut to `data.max_length` tokens of the
+encoder and decoded back, so that neither letter case nor spacing tells them apart.
+"""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmos_jax import distributed, latents, pipeline, provenance, workdir
+from cosmos_jax.data import tokens
+from cosmos_jax.data.sources import Rows
+from cosmos_jax.errors import UserError
+from cosmos_jax.generate import read_samples
+from cosmos_jax.run import Run
+from cosmos_jax.scores import frechet, protocols
+from cosmos_jax.train import Totals, add, make_validation, means
+
+logger = logging.getLogger(__name__)
+
+# Memorisation looks for generated n-grams in this many training texts, as the paper does.
+MEMORISATION_TEXTS = 100_000
+
+# The trained parameters of each stage.
+PARAMETERS = {
+    "autoencoder": ("compressor", "decompressor"),
+    "diffusion": ("denoiser", "condition_encoder"),
+}
+
+
+def evaluate(run: Run) -> None:
+    """Scores the finished stages and `samples.jsonl`.
+
+    What is done is kept in `evaluation.partial.json`, so that a run that is stopped or killed
+    goes on after the last batch of held-out texts or the last score. A score that cannot be had,
+    such as MAUVE of ten texts, is reported as a problem, and tried again by the next call.
+    """
+    path, partial = run.workdir / "evaluation.json", run.workdir / "evaluation.partial.json"
+    samples_path = run.workdir / "samples.jsonl"
+    samples_hash = distributed.on_first(lambda: _hash(samples_path))
+    finished = pipeline.finished(run)
+    identity = {
+        **finished.identity,
+        "samples_sha256": samples_hash,
+        **{name: value for name, value in run.config.evaluate.items() if name != "batch_size"},
+    }
+    recorded, state = distributed.on_first(
+        lambda: tuple(_of_identity(file, identity) for file in (path, partial))
+    )
+    if recorded is not None and not recorded["problems"]:
+        logger.info("evaluate: finished")
+        distributed.on_first(lambda: partial.unlink(missing_ok=True))
+        return
+    state = state or copy.deepcopy(recorded)
+    state = state or {
+        "identity": identity,
+        "held_out": {},
+        "scores": {},
+        "done": [],
+        "problems": {},
+    }
+
+    def save() -> None:
+        distributed.on_first(lambda: workdir.write_json(partial, state))
+        if distributed.preempted():
+            raise distributed.Preempted("evaluate: what is done is saved")
+
+    for name in finished.stages:
+        if name not in state["held_out"]:
+            sums = state.setdefault("sums", {"texts": 0, "totals": {}})
+            for texts, totals in held_out_sums(run, finished, name, **sums):
+                sums.update(texts=texts, totals=totals)
+                save()
+            state["held_out"][name] = means(state.pop("sums")["totals"])
+    texts = texts_of(run, samples_path)
+    for name, piece in protocols.pieces(texts).items():
+        if name not in state["done"]:
+            state = distributed.on_first(functools.partial(protocols.compute, state, name, piece))
+            save()
+    if "latent_frechet" not in state["done"]:
+        piece = functools.partial(latent_frechet, run, finished, texts)
+        state = protocols.compute(state, "latent_frechet", piece)
+        save()
+    for name, problem in state["problems"].items():
+        logger.warning("evaluate: no %s: %s", name, problem)
+    state |= {"texts": protocols.summary(texts), **provenance.versions()}
+    if state != recorded:
+        distributed.on_first(lambda: workdir.write_json(path, state))
+    distributed.on_first(lambda: partial.unlink(missing_ok=True))
+
+
+def _of_identity(path: Path, identity: dict[str, Any]) -> Any:
+    """What an earlier evaluation of the same left in a file, or None."""
+    state = workdir.read_json(path)
+    return state if state is not None and state.get("identity") == identity else None
+
+
+def held_out_sums(
+    run: Run, finished: pipeline.Finished, name: str, texts: int, totals: Totals
+) -> Iterator[tuple[int, Totals]]:
+    """A stage's losses and accuracies on test texts as sums over the first ones, ever more.
+
+    Goes on from the `totals` of as many `texts` as are given.
+    """
+    stage, settings = finished.stages[name], run.config.evaluate
+    names = [part for part in PARAMETERS[name] if part in finished.weights]
+    params = {part: finished.weights[part] for part in names}
+    batches = run.ordered_batches(run.dataset.test, settings.batch_size, settings.num_texts, texts)
+    for (_, count), more in zip(
+        batches.batches, make_validation(stage, run, batches)(params), strict=True
+    ):
+        texts, totals = texts + count, add(totals, more)
+        yield texts, totals
+
+
+def texts_of(run: Run, samples_path: Path) -> protocols.Texts:
+    """The generated texts, and for each its reference or as many real ones."""
+    samples = distributed.on_first(lambda: read_samples(samples_path))
+    paired = run.dataset.conditional
+
+    def normalise(texts: Sequence[str]) -> list[str]:
+        return _normalise(run, texts)
+
+    return protocols.Texts(
+        generated=[sample["text"] for sample in samples],
+        references=normalise(
+            [sample["reference"] for sample in samples]
+            if paired
+            else _texts(run.dataset.test, len(samples))
+        ),
+        sources=[sample["source"] for sample in samples] if paired else [],
+        paired=paired,
+        training=lambda: _normalised_in_parts(run, _texts(run.dataset.train, MEMORISATION_TEXTS)),
+        normalise=normalise,
+        form=f"{run.config.data.max_length} tokens of {run.encoder.name}",
+        encoder=run.encoder,
+        settings=run.config.evaluate,
+    )
+
+
+def latent_frechet(
+    run: Run, finished: pipeline.Finished, texts: protocols.Texts
+) -> dict[str, dict[str, Any]]:
+    """The distance of generated from real texts in the latent space, slots averaged.
+
+    `real` is that of held-out texts of the other split, as many, from the same real ones.
+    """
+    model, weights = finished.model, finished.weights
+    mean_NxD, std_NxD = (np.asarray(weights[name]) for name in ("latents_mean", "latents_std"))
+    other = texts.normalise(_texts(run.dataset.valid, len(texts.real)))
+    generated, real, valid = (
+        ((latents.encode(run, model, weights, group) - mean_NxD) / std_NxD).mean(axis=1)
+        for group in (texts.kept, texts.real, other)
+    )
+    score = dataclasses.replace(
+        frechet.frechet_distance(generated, real),
+        real=frechet.frechet_distance(valid, real).value,
+        flags={"features": "mean of the standardised latents", "form": texts.form},
+    )
+    return {"latent_frechet": {**score.to_json(), "protocol": "latents"}}
+
+
+def _hash(samples_path: Path) -> str:
+    try:
+        return hashlib.sha256(samples_path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise UserError(
+            f"{samples_path} is missing: run --stage=generate first (or --stage=all)"
+        ) from None
+
+
+def _texts(rows: Rows, limit: int) -> list[str]:
+    return [rows[i].text for i in range(min(limit, len(rows)))]
+
+
+def _normalise(run: Run, texts: list[str]) -> list[str]:
+    return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
+
+
+def _normalised_in_parts(run: Run, texts: Iterable[str]) -> Iterable[str]:
+    iterator = iter(texts)
+    while part := list(itertools.islice(iterator, 1_024)):
+        yield from _normalise(run, part)

@@ -1,0 +1,247 @@
+"""Runs an experiment of the paper: trains what it compares, measures, writes a table and a figure.
+
+python -m cosmos_jax.study --config=configs/studies/robustness.py --workdir=runs/studies
+
+Every run trains in a folder of its own in --workdir and goes on where it stopped; studies that
+compare the same run share it. The results are NAME.json and NAME.svg beside these folders.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict, config_flags
+
+from cosmos_jax import (
+    commands,
+    distributed,
+    examples,
+    latents,
+    measure,
+    pipeline,
+    provenance,
+    runner,
+    workdir,
+)
+from cosmos_jax import config as config_lib
+from cosmos_jax.data import tokens
+from cosmos_jax.errors import UserError
+from cosmos_jax.run import Run
+from cosmos_jax.scores import ngrams
+from cosmos_jax.scores.ngram_model import NgramModel
+
+logger = logging.getLogger("cosmos_jax")
+
+Row = dict[str, Any]
+
+# Scores of generated texts that studies compare, where an evaluation has them.
+SCORES = ("encoder_mauve", "latent_frechet", "ngram_perplexity", "diversity", "memorisation")
+
+
+def robustness(config: ConfigDict, run: Run) -> list[Row]:
+    """How much of a text is decoded from its noised latents.
+
+    z' = z + sigma eps in standardised latents; BLEU and the share of equal tokens are against what
+    the clean latents decode to, and `text_accuracy` is the share of the text's own tokens.
+    """
+    model, weights = pipeline.trained_autoencoder(run)
+    statistics = measure.latents(run, model, weights)
+    texts = _held_out(run, config.num_texts)
+    encoded = tokens.encode(run.encoder.tokenizer, texts, run.config.data.max_length)
+    clean = latents.encode(run, model, weights, texts)
+    clean_ids = latents.decode(run, model, weights, clean)
+    wanted = tokens.decode(run.encoder.tokenizer, clean_ids)
+    noise = np.random.default_rng(run.config.seed).standard_normal(clean.shape, np.float32)
+    rows = []
+    for level in config.noise_levels:
+        noised = clean + level * noise * statistics["latents_std"]
+        ids = latents.decode(run, model, weights, noised)
+        mask = encoded.mask_BxL
+        rows.append(
+            {
+                "noise": level,
+                "bleu": ngrams.bleu(tokens.decode(run.encoder.tokenizer, ids), wanted).value,
+                "token_accuracy": float((ids == clean_ids)[mask].mean()),
+                "text_accuracy": float((ids == encoded.ids_BxL)[mask].mean()),
+            }
+        )
+    return rows
+
+
+def smoothness(config: ConfigDict, run: Run) -> list[Row]:
+    """How fluent the texts between two texts are, with a few of them to read.
+
+    Fluency is the perplexity of an n-gram model of the training texts; `real` that of the
+    held-out texts themselves.
+    """
+    model, weights = pipeline.trained_autoencoder(run)
+    length, tokenizer = run.config.data.max_length, run.encoder.tokenizer
+    train = [run.dataset.train[i].text for i in range(len(run.dataset.train))]
+    fluency = NgramModel().fit(tokens.round_trip(tokenizer, train, length))
+    texts = _held_out(run, 2 * config.num_pairs)
+    ends = latents.encode(run, model, weights, texts)
+    starts, stops = ends[::2], ends[1::2]
+    real = fluency.perplexity(tokens.round_trip(tokenizer, texts, length))
+    rows = []
+    for weight in config.weights:
+        ids = latents.decode(run, model, weights, starts + weight * (stops - starts))
+        decoded = tokens.decode(tokenizer, ids)
+        rows.append(
+            {
+                "weight": weight,
+                "ngram_perplexity": fluency.perplexity([text for text in decoded if text]),
+                "diversity": ngrams.diversity(decoded),
+                "real": real,
+            }
+        )
+    paths = [
+        examples.path_between(run, model, weights, texts[2 * i], texts[2 * i + 1])
+        for i in range(config.num_examples)
+    ]
+    return [*rows, *({"example": path} for path in paths)]
+
+
+def generation(config: ConfigDict, run: Run) -> list[Row]:
+    """Reconstruction of held-out texts, and the scores of generated ones."""
+    del config
+    evaluation = workdir.read_json(run.workdir / "evaluation.json")
+    row = {
+        "num_latents": run.config.autoencoder.num_latents,
+        "token_accuracy": evaluation["held_out"]["autoencoder"]["token_accuracy"],
+    }
+    for name in SCORES:
+        score = evaluation["scores"].get(name, {})
+        row |= {name + end: score[key] for end, key in PARTS.items() if key in score}
+    return [row]
+
+
+PARTS = {"": "value", "_spread": "spread", "_real": "real"}
+
+# What a study needs of its runs, and what it measures in each.
+STUDIES: dict[str, tuple[str, Callable[[ConfigDict, Run], list[Row]]]] = {
+    "robustness": ("autoencoder", robustness),
+    "smoothness": ("autoencoder", smoothness),
+    "compression": ("all", generation),
+    "recipe": ("all", generation),
+}
+
+
+def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
+    """Trains what is not trained yet, measures, and writes NAME.json and NAME.svg.
+
+    Raises:
+      UserError: something the user can mend.
+      distributed.Preempted: SIGTERM came; the same call goes on from there.
+    """
+    stage, measured = STUDIES[config.study]
+    rows = []
+    for name, changes in config.runs.items():
+        run_config = ConfigDict(config.base.to_dict())
+        run_config.update_from_flattened_dict(changes)
+        config_lib.validate(run_config)
+        logger.info("%s: run %s", config.study, name)
+        runner.run_stages(run_config, directory / name, stage)
+        run = distributed.in_turn(lambda c=run_config, n=name: runner.open_run(c, directory / n))
+        with jax.set_mesh(run.mesh):
+            rows += [{"run": name, **row} for row in measured(config, run)]
+    result = {
+        "study": config.study,
+        "rows": rows,
+        "data": run.dataset.fingerprint,
+        "config": config.to_dict(),
+        **provenance.versions(),
+    }
+    if distributed.is_first():
+        workdir.write_json(directory / f"{config.study}.json", result)
+        figure(result).savefig(directory / f"{config.study}.svg", bbox_inches="tight")
+    return result
+
+
+def _held_out(run: Run, count: int) -> list[str]:
+    rows = run.dataset.test
+    return [rows[i].text for i in range(min(count, len(rows)))]
+
+
+# Tables and figures
+
+# Of each study: what stands on the x axis, and the values that get a panel each.
+PANELS = {
+    "robustness": ("noise", ("bleu", "token_accuracy", "text_accuracy")),
+    "smoothness": ("weight", ("ngram_perplexity", "diversity")),
+    "compression": ("num_latents", ("token_accuracy", *SCORES)),
+    "recipe": ("run", ("token_accuracy", *SCORES)),
+}
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """A panel for each value, a line for each run, or a bar where a run has one value."""
+    x, panels = PANELS[result["study"]]
+    rows = [row for row in result["rows"] if x in row]
+    panels = tuple(name for name in panels if any(name in row for row in rows))
+    picture = Figure(figsize=(3.4 * len(panels), 3.0), layout="constrained")
+    axes = np.atleast_1d(picture.subplots(1, len(panels)))
+    for axis, name in zip(axes, panels, strict=True):
+        runs = list(dict.fromkeys(row["run"] for row in rows))
+        lines = {None: rows} if x == "num_latents" else {r: _of(rows, r) for r in runs}
+        for label, points in lines.items():
+            points = sorted((row for row in points if name in row), key=lambda row: row[x])
+            xs, ys = [row[x] for row in points], [row[name] for row in points]
+            spreads = [row.get(f"{name}_spread", 0.0) for row in points]
+            if x == "run":
+                axis.bar(xs, ys, yerr=spreads, capsize=4)
+            else:
+                axis.errorbar(xs, ys, yerr=spreads, marker="o", markersize=3, label=label)
+        real = [row.get("real" if x == "weight" else f"{name}_real") for row in rows]
+        if (any(real) and name != "diversity") or (any(real) and x != "weight"):
+            axis.axhline(next(value for value in real if value), color="gray", linestyle=":")
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_xlabel(x.replace("_", " "))
+    if x not in ("run", "num_latents"):
+        axes[0].legend(fontsize=8)
+    return picture
+
+
+def _of(rows: list[Row], run: str) -> list[Row]:
+    return [row for row in rows if row["run"] == run]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    x, panels = PANELS[result["study"]]
+    rows = [row for row in result["rows"] if x in row]
+    columns = list(dict.fromkeys(["run", x, *(name for name in panels if name in rows[0])]))
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([_cell(row, name) for name in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(row: Row, name: str) -> str:
+    value, spread = row.get(name, ""), row.get(f"{name}_spread")
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" + (f" ± {spread:.1g}" if spread else "")
+
+
+def main(argv: list[str]) -> None:
+    config = flags.FLAGS.config
+    commands.check(argv, config)
+    if config.get("study") not in STUDIES:
+        raise UserError(f"--config: not a study; there are {', '.join(STUDIES)}")
+    distributed.start("", 1, 0)
+    directory = Path(flags.FLAGS.workdir).absolute()
+    try:
+        print(table(study(config, directory)))
+    except distributed.Preempted as stopped:
+        logger.info("stopped on request: %s; run the same command to continue", stopped)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A file in configs/studies/.", lock_config=True)
+    flags.DEFINE_string("workdir", "runs/studies", "Folder of all studies and their runs.")
+    commands.run(main, required=("config",))

@@ -1,0 +1,63 @@
+"""Appends to `timing.jsonl` how long a stage worked, on what, and how much memory it took.
+
+Times differ from run to run, so they stand apart from `metrics.jsonl`, which does not.
+"""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from cosmos_jax.workdir import read_json, writing
+
+
+@contextlib.contextmanager
+def recorded(workdir: Path, stage: str) -> Iterator[None]:
+    """Writes a line if steps, texts or scores were added, however the stage ends."""
+    before, begun = _done(workdir, stage), time.perf_counter()
+    try:
+        yield
+    finally:
+        after = _done(workdir, stage)
+        if after > before:
+            line = {
+                "stage": stage,
+                "from": before,
+                "to": after,
+                "seconds": round(time.perf_counter() - begun, 3),
+                "peak_memory_bytes": _peak_memory(),
+                "device": jax.devices()[0].device_kind,
+                "num_devices": jax.device_count(),
+                "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            path = workdir / "timing.jsonl"
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _peak_memory() -> int:
+    """Of the first device, or of the process where the device's memory is the host's."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    # The system counts in units of 1,024 bytes.
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
+    return int(statistics.get("peak_bytes_in_use", host))
+
+
+def _done(workdir: Path, stage: str) -> int:
+    """Steps, texts or scores that are there."""
+    if stage == "generate":
+        for name in ("samples.partial.jsonl", "samples.jsonl"):
+            if (workdir / name).exists():
+                return (workdir / name).read_bytes().count(b"\n")
+        return 0
+    if stage == "evaluate":
+        for name in ("evaluation.partial.json", "evaluation.json"):
+            if (state := read_json(workdir / name)) is not None:
+                return len(state["done"])
+        return 0
+    saved = (workdir / stage).iterdir() if (workdir / stage).exists() else ()
+    return max((int(path.name) for path in saved if path.name.isdigit()), default=0)
