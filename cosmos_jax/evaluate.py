@@ -8,6 +8,7 @@ compressed by gzip. The `samples.jsonl` of a run has its references and sources 
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from cosmos_jax.scores import protocols, table
 
 logger = logging.getLogger("cosmos_jax")
 
-_TEXTS = flags.DEFINE_string("texts", None, "The texts to score.")
+_TEXTS = flags.DEFINE_string("texts", "", "The texts to score.")
 _REFERENCES = flags.DEFINE_string("references", "", "Real texts; default: those in --texts.")
 _SOURCES = flags.DEFINE_string("sources", "", "What each text was generated from.")
 _TRAINING = flags.DEFINE_string("training", "", "Training texts, for memorisation.")
 _PROTOCOL = flags.DEFINE_string("protocol", "offline", ", ".join(protocols.PROTOCOLS))
-_OUT = flags.DEFINE_string("out", None, "The JSON file to write.")
+_OUT = flags.DEFINE_string("out", "", "The JSON file to write.")
 _PAIRED = flags.DEFINE_bool(
     "paired", None, "Reference i is the answer to what text i answers; default: where it must be."
 )
@@ -40,7 +41,11 @@ _SETTINGS = {
     for name, value in config_lib.base().evaluate.items()
     if name not in ("num_texts", "batch_size", "protocols")
 }
-_DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, str: flags.DEFINE_string}
+_DEFINE: dict[type, Callable[..., Any]] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+}
 for _name, _value in _SETTINGS.items():
     _DEFINE[type(_value)](_name, _value, "As config.evaluate has it; see cosmos_jax/config.py.")
 
@@ -151,6 +156,9 @@ def open_texts() -> protocols.Texts:
 
 def main(argv: list[str]) -> None:
     commands.check_arguments(argv)
+    for flag in (_TEXTS, _OUT):
+        if not flag.value:
+            raise UserError(f"--{flag.name}=FILE is missing")
     out = Path(_OUT.value)
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no folder {out.parent}")
@@ -167,4 +175,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(main, required=("texts", "out"))
+    commands.run(main)

@@ -77,8 +77,8 @@ def evaluate(run: Run) -> None:
     for name in finished.stages:
         if name not in state["held_out"]:
             sums = state.setdefault("sums", {"texts": 0, "totals": {}})
-            for texts, totals in held_out_sums(run, finished, name, **sums):
-                sums.update(texts=texts, totals=totals)
+            for count, totals in held_out_sums(run, finished, name, **sums):
+                sums.update(texts=count, totals=totals)
                 save()
             state["held_out"][name] = means(state.pop("sums")["totals"])
     texts = texts_of(run, samples_path)
@@ -182,7 +182,7 @@ def _texts(rows: Rows, limit: int) -> list[str]:
     return [rows[i].text for i in range(min(limit, len(rows)))]
 
 
-def _normalise(run: Run, texts: list[str]) -> list[str]:
+def _normalise(run: Run, texts: Sequence[str]) -> list[str]:
     return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
 
 

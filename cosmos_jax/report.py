@@ -47,16 +47,6 @@ INK, TRAIN, HELD_OUT = COLOURS
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def try_to_write(workdir: Path) -> None:
-    """As `write`, for a run, which must not be stopped by a page."""
-    try:
-        write(workdir)
-    except UserError as error:
-        logger.warning("no report: %s", error)
-    except Exception:
-        logger.exception("no report: a defect of cosmos-jax")
-
-
 def write(workdir: Path) -> Path:
     """Writes `report.html` from the other files of a workdir, all of them optional but one.
 
@@ -84,6 +74,7 @@ def write(workdir: Path) -> Path:
             notes.append(f"{title} left out, the file is not as expected: {error}")
     html = environment.get_template("report.html").render(
         name=workdir.resolve().name,
+        where=workdir,
         sections=sections,
         notes=notes,
         version=__version__,
@@ -140,15 +131,19 @@ def _lines(path: Path, notes: list[str]) -> list[Entry]:
     except OSError as error:
         notes.append(f"{path.name}: cannot be read: {error.strerror}")
         return []
-    values = []
+    values, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
-            if not isinstance(values[-1], dict):
-                raise ValueError(f"{values.pop()!r:.40} is not an object")
+            value = json.loads(line)
         except (ValueError, RecursionError):
-            if line.strip() and number < len(lines):
-                notes.append(f"{path.name}:{number}: left out, not a JSON object")
+            value = None
+        if isinstance(value, dict):
+            values.append(value)
+        elif line.strip() and number < len(lines):
+            damaged.append(number)
+    if damaged:
+        first = f"the first is line {damaged[0]}"
+        notes.append(f"{path.name}: lines without a JSON object: {len(damaged)}, {first}")
     return values
 
 
@@ -187,8 +182,7 @@ def _share(done: int, total: int, unit: str, finished: bool) -> tuple[float, str
 def _differing(config: Entry) -> list[tuple[str, str, str]]:
     """The fields that differ from the paper's recipe: name, value, value there."""
     base = config_lib.flatten(config_lib.base())
-    rows = [(name, value, base.get(name, "")) for name, value in config.items()]
-    return [(n, str(v), str(b)) for n, v, b in rows if n not in base or base[n] != v]
+    return [(n, str(v), str(base[n])) for n, v in config.items() if n in base and base[n] != v]
 
 
 def _curves(found: Entry) -> list[Entry]:
@@ -258,7 +252,9 @@ def _plot(stage: str, train: np.ndarray, held_out: np.ndarray) -> Markup:
         axes.grid(color=INK, alpha=0.12, lw=0.6)
         axes.spines[:].set(color=INK, alpha=0.4)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+        axes.legend(
+            frameon=False, labelcolor=INK, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
+        )
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file := io.StringIO(), format="svg", transparent=True, metadata=nothing)
     svg = re.sub(r'.*?<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", file.getvalue(), flags=re.S)
@@ -280,7 +276,7 @@ def _number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return ""
     whole = isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1_000)
-    return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if whole else f"{value:#.{digits}g}".rstrip(".")
 
 
 def _duration(seconds: float) -> str:

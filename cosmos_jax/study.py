@@ -146,7 +146,7 @@ def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
         config_lib.validate(run_config)
         logger.info("%s: run %s", config.study, name)
         runner.run_stages(run_config, directory / name, stage)
-        run = distributed.in_turn(lambda c=run_config, n=name: runner.open_run(c, directory / n))
+        run = runner.open_run(run_config, directory / name)
         with jax.set_mesh(run.mesh):
             rows += [{"run": name, **row} for row in measured(config, run)]
     result = {

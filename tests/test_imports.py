@@ -10,20 +10,27 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 # From the bottom up; modules of one line do not know each other.
 LAYERS = """
     __init__ errors
-    commands config distributed optimizer provenance scores.ngrams data.tokens data.files
-    sharding checkpoint workdir data.sources
-    metrics data.jsonl data.tables data.holding_out data.batches
-    data.documents
+    commands config distributed optimizer provenance data.tokens data.files
+    scores.score scores.batches scores.table
+    sharding checkpoint workdir data.sources scores.ngrams scores.frechet
+    metrics timing data.jsonl data.tables data.holding_out data.batches
+    scores.mauve scores.ngram_model
+    data.documents report
     data.builders
     models.layers models.torch_files diffusion.schedule diffusion.time_sampling
-    models.bert models.autoencoder models.denoiser diffusion.process
-    models.weights models.cosmos diffusion.loss encoder
+    models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface
+    models.weights models.cosmos diffusion.loss encoder language_model
+    scores.embeddings scores.perplexity
+    scores.bertscore models.classifier
+    scores.detoxification
+    scores.protocols
     diffusion.samplers stages.base run
-    sampling stages.autoencoder stages.diffusion trained train measure feature_cache
+    sampling stages.autoencoder stages.diffusion trained train measure feature_cache latents
     describe convert parity pipeline
-    generate
-    evaluate results
-    main
+    generate examples
+    evaluation evaluate results
+    runner
+    main study
 """
 # `sources` defines what a data set is and, when one is asked for, calls who makes it.
 UPWARDS = {("data.sources", "data.builders")}

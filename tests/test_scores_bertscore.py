@@ -1,6 +1,7 @@
 """BERTScore against its definition in PyTorch, against its package, and by its direction."""
 
 import collections
+import dataclasses
 import importlib.util
 import math
 
@@ -83,16 +84,23 @@ def test_definition(directory, layer, idf):
 
 
 def package_scores(name, layer: int, idf: bool) -> np.ndarray:
-    scorer = pytest.importorskip(
-        "bert_score", reason="to compare with it: pip install bert-score"
-    ).BERTScorer(
+    package = pytest.importorskip("bert_score", reason="to compare: pip install bert-score")
+    scorer = package.BERTScorer(
         str(name), num_layers=layer, idf=idf, idf_sents=REFERENCES, device="cpu", nthreads=0
     )
-    return np.stack([column.numpy() for column in scorer.score(CANDIDATES, REFERENCES)], axis=1)
+    # One pair at a time, as padding would be a match of cosine 0.
+    columns = scorer.score(CANDIDATES, REFERENCES, batch_size=1)
+    return np.stack([column.numpy() for column in columns], axis=1)
 
 
 @pytest.mark.parametrize("idf", [False, True])
 def test_package(directory, idf):
+    import transformers
+
+    if directory.name == "Roberta" and transformers.__version__ >= "5":
+        pytest.skip(
+            "the package asks for a space before a text in a way that transformers 5 ignores"
+        )
     expected_Nx3 = package_scores(directory, 2, idf)
     actual_Nx3, _ = _of_pairs(encoder.load(str(directory)), CANDIDATES, REFERENCES, 2, idf)
     np.testing.assert_allclose(actual_Nx3, expected_Nx3, atol=1e-5)
@@ -153,8 +161,6 @@ def test_rescaling(small):
 
 
 def test_the_layer_of_a_known_model(small):
-    import dataclasses
-
     names = {"FacebookAI/roberta-large": 17, "/models/roberta-base": 10, "bert-base-cased": 9}
     assert {name: LAYERS[name.rpartition("/")[2]] for name in names} == names
     deeper = dataclasses.replace(
@@ -178,11 +184,16 @@ def test_the_layer_of_a_known_model(small):
     [
         ([], [], {}, "candidates: there are none"),
         (["the"], [], {}, "1 candidates for 0 references"),
-        (["the", " "], ["a", "a"], {}, "candidates: the tokenizer finds no tokens in the text ' '"),
-        (["the"], [""], {}, "references: the tokenizer finds no tokens"),
+        (["the", " "], ["a", "a"], {}, "candidates: text 2 is empty"),
+        (["the"], [""], {}, "references: text 1 is empty"),
         (["the"], ["a"], {"layer": 3}, "has no layer 3, but layers 1 to 2"),
         (["the"], ["a"], {"layer": 0}, "has no layer 0"),
-        (["the", "a"], ["a", "a"], {"idf": True}, "every token of candidate 2 weighs 0"),
+        (
+            ["the", "a"],
+            ["a", "a"],
+            {"idf": True},
+            "the tokens of candidate 2 weigh nothing, as all",
+        ),
     ],
 )
 def test_bad_input(small, candidates, references, options, message):

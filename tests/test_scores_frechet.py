@@ -103,7 +103,7 @@ def test_single_precision_is_enough():
         (np.zeros((5, 3)), np.zeros((0, 3)), "^0 feature vectors in the second set; at least 2"),
         (np.zeros((5, 3)), np.zeros((5, 4)), "3 wide in the first set and 4 in the second"),
         (np.zeros(5), np.zeros((5, 4)), r"first set have shape \(5,\)"),
-        (np.zeros((5, 1)), [[0], [1], [np.nan], [np.inf]], "vector 2 of the second .*2 of 4"),
+        (np.zeros((5, 1)), [[0], [1], [np.nan], [np.inf]], "vector 3 of the second .*2 of 4"),
     ],
 )
 def test_bad_features_are_an_error(p, q, message):

@@ -207,8 +207,8 @@ def test_worse_texts_score_higher(corpus):
         (lambda: ngram_perplexity([], ["a", "b"]), "^no texts to score"),
         (lambda: ngram_perplexity(["a"], []), "^0 references"),
         (lambda: ngram_perplexity(["a"], ["a"]), "^1 references"),
-        (lambda: ngram_perplexity(["a", " "], ["a", "b"]), "^text 1 has no word"),
-        (lambda: ngram_perplexity(["a"], ["a", "b", ""]), "^reference 2 has no word"),
+        (lambda: ngram_perplexity(["a", " "], ["a", "b"]), "^texts: text 2 has no word"),
+        (lambda: ngram_perplexity(["a"], ["a", "b", ""]), "^references: text 3 has no word"),
     ],
 )
 def test_bad_input_is_an_error(score, message):

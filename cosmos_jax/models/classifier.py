@@ -126,7 +126,7 @@ def _probabilities(
 ) -> jax.Array:
     dense, out = params["head"]["dense"], params["head"]["out"]
     with jax.default_matmul_precision("float32"):
-        states_BxLxD = Bert(config).apply({"params": params["encoder"]}, ids_BxL, mask_BxL)
+        states_BxLxD: Any = Bert(config).apply({"params": params["encoder"]}, ids_BxL, mask_BxL)
         hidden_BxD = jnp.tanh(states_BxLxD[:, 0] @ dense["kernel"] + dense["bias"])
         logits_BxC = hidden_BxD @ out["kernel"] + out["bias"]
     return jax.nn.sigmoid(logits_BxC) if multi_label else jax.nn.softmax(logits_BxC)

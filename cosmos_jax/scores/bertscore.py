@@ -7,8 +7,9 @@ length 1, and w their weights:
     (2) R = sum_j w(r_j) max_i c_i . r_j / sum_j w(r_j)
     (3) F = 2 P R / (P + R)
 
-Weights are 1, or with idf log((M + 1) / (m + 1)) for a token in m of the M references. Special
-tokens can be a best match but weigh 0: with idf they do because all references have them.
+Weights are 1, or with idf log((M + 1) / (m + 1)) for a token in m of the M references. [CLS] and
+[SEP] can be a best match but weigh 0. The bert-score package, whose numbers these are, lets a
+padding token be a match of cosine 0, so there a negative best match depends on the batch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +86,7 @@ def bertscore(
         scores_Nx3 = (scores_Nx3 - base_3) / (1 - base_3)
     flags |= {"rescaled": ",".join(map(str, baseline)) if baseline else False}
     return {
-        name: Score(**score.mean(scores_N, "pairs"), flags=flags)
+        name: Score(**score.mean(scores_N.tolist(), "pairs"), flags=flags)
         for name, scores_N in zip(NAMES, scores_Nx3.T, strict=True)
     }
 
@@ -106,10 +108,10 @@ def _of_pairs(
     )
     weights_V = _weights(encoder, reference_ids, idf)
     for ids, what in ((candidate_ids, "candidate"), (reference_ids, "reference")):
-        for i, row in enumerate(ids):
+        for number, row in enumerate(ids, 1):
             if not weights_V[row].any():
-                why = "with idf, every token of" if idf else "every token of"
-                raise UserError(f"BERTScore: {why} {what} {i + 1} weighs 0")
+                why = ", as all references have them: score without idf" if idf else ""
+                raise UserError(f"BERTScore: the tokens of {what} {number} weigh nothing{why}")
 
     config = dataclasses.replace(encoder.config, num_layers=layer)
     unused = {f"layers_{i}" for i in range(layer, encoder.config.num_layers)}
@@ -120,10 +122,10 @@ def _of_pairs(
         ids_2xBxL = np.full((2, *longer_BxL.shape), encoder.tokenizer.pad_token_id, np.int32)
         mask_2xBxL = np.zeros(ids_2xBxL.shape, bool)
         mask_2xBxL[:, :, 0] = True
-        for row, i in enumerate(indices_T):
-            for side, ids in enumerate((candidate_ids[i], reference_ids[i])):
-                ids_2xBxL[side, row, : len(ids)] = ids
-                mask_2xBxL[side, row, : len(ids)] = True
+        for i, index in enumerate(indices_T):
+            for side, pair_ids in enumerate((candidate_ids[index], reference_ids[index])):
+                ids_2xBxL[side, i, : len(pair_ids)] = pair_ids
+                mask_2xBxL[side, i, : len(pair_ids)] = True
         weights_2xBxL = weights_V[ids_2xBxL] * mask_2xBxL
         found_2xB = _precision_and_recall(config, params, ids_2xBxL, mask_2xBxL, weights_2xBxL)
         precision_T, recall_T = np.asarray(found_2xB, np.float64)[:, : len(indices_T)]
@@ -139,7 +141,7 @@ def _of_pairs(
     }
 
 
-def _weights(encoder: TextEncoder, reference_ids: list[np.ndarray], idf: bool) -> np.ndarray:
+def _weights(encoder: TextEncoder, reference_ids: list[list[int]], idf: bool) -> np.ndarray:
     """The weight of every token of the vocabulary."""
     weights_V = np.ones(encoder.config.vocab_size, np.float32)
     if idf:
@@ -162,7 +164,7 @@ def _precision_and_recall(
     """Equations (1) and (2), [2, B]; candidates are first on the axis of 2."""
     length = ids_2xBxL.shape[-1]
     with jax.default_matmul_precision("float32"):
-        states = Bert(config).apply(
+        states: Any = Bert(config).apply(
             {"params": params}, ids_2xBxL.reshape(-1, length), mask_2xBxL.reshape(-1, length)
         )
         states /= jnp.linalg.norm(states, axis=-1, keepdims=True)

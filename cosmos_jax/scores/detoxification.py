@@ -69,7 +69,9 @@ def j_score(
     values["j"] = values["style"] * values["similarity"] * values["fluency"]
     names = {name: factor.name for name, factor in factors.items()}
     return {
-        name: Score(**score.mean(values[name]), flags=names if name == "j" else {"by": names[name]})
+        name: Score(
+            **score.mean(values[name].tolist()), flags=names if name == "j" else {"by": names[name]}
+        )
         for name in ("j", *factors)
     }
 

@@ -27,7 +27,7 @@ def longest(tokenizer: Any, config: BertConfig) -> int:
 
 def token_ids(
     tokenizer: Any, texts: Sequence[str], max_length: int, what: str = "texts"
-) -> tuple[list[np.ndarray], int]:
+) -> tuple[list[list[int]], int]:
     """Each text's ids, special ones included, and how many texts `max_length` has cut.
 
     Raises:
@@ -35,7 +35,10 @@ def token_ids(
     """
     if not texts:
         raise UserError(f"{what}: there are none")
-    ids: list[np.ndarray] = []
+    for i, text in enumerate(texts):
+        if not text.strip():
+            raise UserError(f"{what}: text {i + 1} is empty")
+    ids: list[list[int]] = []
     cut = 0
     for start in range(0, len(texts), _CHUNK):
         try:
@@ -43,7 +46,7 @@ def token_ids(
         except UserError as error:
             raise UserError(f"{what}: {error}") from error
         lengths_B = encoded.mask_BxL.sum(axis=1)
-        ids += [row[:n] for row, n in zip(encoded.ids_BxL, lengths_B, strict=True)]
+        ids += [row[:n].tolist() for row, n in zip(encoded.ids_BxL, lengths_B, strict=True)]
         cut += int(encoded.cut_B.sum())
     return ids, cut
 
@@ -80,5 +83,5 @@ def _mean_state(
     config: BertConfig, params: Params, ids_BxL: jax.Array, mask_BxL: jax.Array
 ) -> jax.Array:
     with jax.default_matmul_precision("float32"):
-        states_BxLxD = Bert(config).apply({"params": params}, ids_BxL, mask_BxL)
+        states_BxLxD: Any = Bert(config).apply({"params": params}, ids_BxL, mask_BxL)
     return jnp.mean(states_BxLxD, axis=1, where=mask_BxL[:, :, None])

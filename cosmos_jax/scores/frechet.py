@@ -58,7 +58,7 @@ def check_features(
         bad = np.flatnonzero(~np.isfinite(features).all(1))
         if bad.size:
             raise UserError(
-                f"feature vector {bad[0]} of the {name} set is not finite"
+                f"feature vector {bad[0] + 1} of the {name} set is not finite"
                 f" ({bad.size} of {len(features)} are not); look at that text and its features"
             )
     if p.shape[1] != q.shape[1]:

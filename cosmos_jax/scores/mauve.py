@@ -158,7 +158,7 @@ def _lloyd(points_TxC: Floats, centres_KxC: Floats) -> tuple[Labels, float]:
         members_KxT = scipy.sparse.csr_array(
             (np.ones(len(rows)), (labels_T, rows)), shape=(buckets, len(rows))
         )
-        sizes_K = np.bincount(labels_T, minlength=buckets)[:, None]
-        means_KxC = members_KxT @ points_TxC / np.maximum(1, sizes_K)
-        centres_KxC = np.where(sizes_K > 0, means_KxC, centres_KxC)
+        sizes_Kx1 = np.bincount(labels_T, minlength=buckets)[:, None]
+        # A bucket that has lost its last point goes to 0, the mean of all points.
+        centres_KxC = members_KxT @ points_TxC / np.maximum(1, sizes_Kx1)
     return labels_T, float(np.square(points_TxC - centres_KxC[labels_T]).sum())

@@ -76,6 +76,10 @@ class NgramModel:
         known = [word if word in self.vocabulary else UNKNOWN for word in words(text)]
         return np.log([self._probability(ngram) for ngram in self._ngrams(known)])
 
+    def perplexity(self, texts: Sequence[str]) -> float:
+        """Of all words and ends of the texts together; after `fit`."""
+        return math.exp(-np.concatenate([self.log_probs(text) for text in texts]).mean())
+
     def _ngrams(self, tokens: list[str]) -> Iterator[Ngram]:
         padded = [START] * (self.order - 1) + tokens + [END]
         return zip(*(padded[first:] for first in range(self.order)), strict=False)
@@ -119,14 +123,14 @@ def ngram_perplexity(
         raise UserError(
             f"{len(references)} references to fit n-gram models on; at least 2 are needed"
         )
-    for what, some in (("text", texts), ("reference", references)):
-        for index, text in enumerate(some):
+    for what, some in (("texts", texts), ("references", references)):
+        for number, text in enumerate(some, 1):
             if not words(text):
-                raise UserError(f"{what} {index} has no word; leave it out of both files")
+                raise UserError(f"{what}: text {number} has no word; leave it out")
     halves = references[::2], references[1::2]
     models = [NgramModel(order).fit(half) for half in halves]
-    values = [_perplexity(model, texts) for model in models]
-    real = [_perplexity(model, half) for model, half in zip(models, reversed(halves), strict=True)]
+    values = [model.perplexity(texts) for model in models]
+    real = [model.perplexity(half) for model, half in zip(models, reversed(halves), strict=True)]
     flags: dict[str, Flag] = {
         "order": order,
         "smoothing": "interpolated Kneser-Ney",
@@ -143,11 +147,6 @@ def ngram_perplexity(
         spread_over="models",
         real=statistics.fmean(real),
     )
-
-
-def _perplexity(model: NgramModel, texts: Sequence[str]) -> float:
-    log_probs = np.concatenate([model.log_probs(text) for text in texts])
-    return math.exp(-log_probs.mean())
 
 
 def _discount(counts: collections.Counter[Ngram]) -> float:

@@ -21,7 +21,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from cosmos_jax.errors import UserError
-from cosmos_jax.scores.score import JACKKNIFE, Score, jackknife, mean
+from cosmos_jax.scores.score import JACKKNIFE, Flag, Score, jackknife, mean
 
 WORD = re.compile(r"\w+|[^\w\s]")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
@@ -113,7 +113,10 @@ def rouge(
     _require_pairs(predictions, references)
     scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=stemming)
     pairs = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
-    flags = {"rouge-score": importlib.metadata.version("rouge-score"), "stemming": stemming}
+    flags: dict[str, Flag] = {
+        "rouge-score": importlib.metadata.version("rouge-score"),
+        "stemming": stemming,
+    }
     return {
         name: Score(flags=flags, **mean([100 * pair[name].fmeasure for pair in pairs], "pairs"))
         for name in ROUGE_TYPES

@@ -177,9 +177,7 @@ def _require_tokens(texts: Sequence[Sized]) -> None:
         raise UserError("there are no texts to score")
     for i, tokens in enumerate(texts):
         if not len(tokens):
-            raise UserError(
-                f"text {i + 1} of {len(texts)} is empty: leave out texts without tokens"
-            )
+            raise UserError(f"text {i + 1} of {len(texts)} is empty: leave such texts out")
 
 
 def _trimmed(ppl_T: np.ndarray, trim: float) -> float:

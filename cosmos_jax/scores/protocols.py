@@ -135,9 +135,9 @@ def _of_blocks(texts: Texts, score: Callable[[list[str], ngrams.Split], float]) 
     values = [score(block, split) for block in texts.blocks(texts.kept)]
     if not values:
         raise UserError("needs texts on both sides")
-    if len(values) > 1:
-        spread, over = float(np.std(values)), "blocks"
-    else:
+    spread: float | None = float(np.std(values))
+    over = "blocks"
+    if len(values) == 1:
         (block,) = texts.blocks(texts.kept)
         spread = jackknife(lambda some: score([block[i] for i in some], split), len(block))
         over = JACKKNIFE
@@ -287,7 +287,8 @@ PROTOCOLS = {
         )
     ),
 }
-OPTIONAL = {
+# Scores that "offline" leaves out where the texts do not allow them.
+OPTIONAL: dict[Callable[[Texts], Scores], Callable[[Texts], bool]] = {
     rouge: lambda texts: texts.paired,
     bleu: lambda texts: texts.paired,
     encoder_bert_score: lambda texts: texts.paired,
