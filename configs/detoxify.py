@@ -13,4 +13,7 @@ def get_config():
     config.data.conditional = True
     config.data.max_length = 40
     config.data.max_source_length = 40
+    config.evaluate.protocols = "detoxification,offline"
+    config.evaluate.style_model = "s-nlp/roberta_toxicity_classifier"
+    config.evaluate.fluency_model = "textattack/roberta-base-CoLA"
     return config

@@ -16,4 +16,5 @@ def get_config():
     config.autoencoder.num_latents = 512
     config.autoencoder.steps = 200_000
     config.diffusion.steps = 500_000
+    config.evaluate.protocols = "cosmos,offline"
     return config

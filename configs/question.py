@@ -14,4 +14,5 @@ def get_config():
     config.data.conditional = True
     config.data.max_length = 64
     config.data.max_source_length = 512
+    config.evaluate.protocols = "bleu,rouge,bertscore,offline"
     return config

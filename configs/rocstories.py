@@ -15,4 +15,5 @@ def get_config():
     config = config_lib.base()
     config.data.source = "rocstories:PATH"
     config.data.max_length = 80
+    config.evaluate.protocols = "cosmos,offline"
     return config

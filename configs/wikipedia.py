@@ -11,4 +11,5 @@ from cosmos_jax import config as config_lib
 def get_config():
     config = config_lib.base()
     config.data.source = "wikipedia"
+    config.evaluate.protocols = "cosmos,offline"
     return config

@@ -93,21 +93,21 @@ def _read(workdir: Path, notes: list[str]) -> Entry:
         config = config_lib.flatten(ConfigDict(recorded))
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{workdir / 'config.json'}: not a config: {error}") from error
-    samples = workdir / "samples.jsonl"
-    generated = samples.is_file()
+    generated = (workdir / "samples.jsonl").exists()
+    samples = workdir / ("samples.jsonl" if generated else "samples.partial.jsonl")
     return {
         "config": config,
         "checkpoints": {stage: _newest_checkpoint(workdir / stage) for stage in STAGES},
         "metrics": _lines(workdir / "metrics.jsonl", notes),
         "timing": _lines(workdir / "timing.jsonl", notes),
-        "samples": _lines(samples if generated else workdir / "samples.partial.jsonl", notes),
+        "samples": _lines(samples, notes),
         "generated": generated,
-        "sha256": hashlib.sha256(samples.read_bytes()).hexdigest() if generated else "",
+        "sha256": hashlib.sha256(_bytes(samples, [])).hexdigest() if generated else "",
         "examples": _object(workdir / "examples.json", notes),
         "generation": _object(workdir / "generation.json", notes),
         "evaluation": _object(workdir / "evaluation.json", notes)
         or _object(workdir / "evaluation.partial.json", notes),
-        "evaluated": (workdir / "evaluation.json").is_file(),
+        "evaluated": (workdir / "evaluation.json").exists(),
     }
 
 
@@ -122,19 +122,23 @@ def _object(path: Path, notes: list[str]) -> Entry:
     return {}
 
 
-def _lines(path: Path, notes: list[str]) -> list[Entry]:
-    """The objects of a file; only the last line may be cut off, by a kill or a run at work."""
+def _bytes(path: Path, notes: list[str]) -> bytes:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return path.read_bytes()
     except FileNotFoundError:
-        return []
+        return b""
     except OSError as error:
         notes.append(f"{path.name}: cannot be read: {error.strerror}")
-        return []
+        return b""
+
+
+def _lines(path: Path, notes: list[str]) -> list[Entry]:
+    """The objects of a file; only the last line may be cut off, by a kill or a run at work."""
+    lines = _bytes(path, notes).split(b"\n")
     values, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
@@ -257,8 +261,10 @@ def _plot(stage: str, train: np.ndarray, held_out: np.ndarray) -> Markup:
         )
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file := io.StringIO(), format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r'.*?<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", file.getvalue(), flags=re.S)
-    svg = re.sub(r' id="\w+_\d+"', "", svg).replace("xlink:href", "href")
+    # Without the head of a file of its own, the size, which is the page's, and unused ids.
+    svg = file.getvalue()
+    svg = re.sub(r'(?s)^.*?<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg).replace("xlink:href", "href")
     for colour, variable in COLOURS.items():
         svg = svg.replace(colour, variable)
     return Markup(svg)

@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 import tiny_bert
 
+from cosmos_jax import classifier
 from cosmos_jax.errors import UserError
-from cosmos_jax.models import classifier
 
 LABELS = {0: "toxic", 1: "neutral", 2: "other"}
 

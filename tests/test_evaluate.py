@@ -3,16 +3,19 @@
 import hashlib
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny as tiny_lib
+import tiny_gpt2
 from absl import flags
 from absl.testing import flagsaver
 
 from cosmos_jax import config as config_lib
-from cosmos_jax import evaluate
+from cosmos_jax import evaluate, language_model
 from cosmos_jax.errors import UserError
-from cosmos_jax.scores import protocols
+from cosmos_jax.models.gpt2 import Gpt2, Gpt2Config
+from cosmos_jax.scores import mauve, ngrams, perplexity, protocols
 
 
 @pytest.fixture
@@ -201,3 +204,78 @@ def test_damaged_files_are_named_with_the_line(tmp_path, content, message):
 def test_where_to_write_is_asked_first(score, tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         score(texts=tmp_path / "missing", out=tmp_path / "no" / "where.json")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A small GPT-2 that knows nothing."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    tiny_gpt2.write_tokenizer(directory, sentences(50))
+    config = Gpt2Config.from_huggingface(tiny_gpt2.CONFIG)
+    params = Gpt2(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    tiny_gpt2.write_model(directory, params)
+    return str(directory)
+
+
+def test_the_protocols_of_the_papers(score, tmp_path, gpt2):
+    """Each score is what its function says of the same texts, in blocks where there are several."""
+    texts, references = sentences(130), sentences(125, seed=1)
+    found = score(
+        texts=lines(tmp_path / "texts.txt", texts),
+        references=lines(tmp_path / "references.txt", references),
+        training=lines(tmp_path / "training.txt", texts[:10]),
+        protocol="cosmos,mean-ppl,corpus-ppl",
+        perplexity_model=gpt2,
+        feature_model=gpt2,
+        block_size=60,
+        seeds=2,
+    )
+    assert found["problems"] == {}
+    scores = found["scores"]
+    assert list(scores) == [
+        *("mauve", "mauve_star", "perplexity", "diversity", "memorisation", "unigram_entropy"),
+        *("mean_perplexity", "corpus_perplexity"),
+    ]
+    assert scores["mauve"]["protocol"].startswith(f"cosmos(feature_model={gpt2}, ")
+    assert scores["mauve"]["protocol"].endswith("words=regex, block_size=60)")
+    # Two blocks of each: four pairs.
+    model = language_model.load(gpt2)
+    ours, theirs = (perplexity.features(model, group) for group in (texts, references))
+    pairs = [
+        mauve.mauve(ours[i : i + 60], theirs[j : j + 60], seeds=range(2))["mauve"].value
+        for i in (0, 60)
+        for j in (0, 60)
+    ]
+    assert scores["mauve"]["value"] == pytest.approx(np.mean(pairs), rel=1e-6)
+    assert scores["mauve"]["spread"] == pytest.approx(np.std(pairs), rel=1e-4)
+    assert scores["mauve"]["spread_over"] == "pairs of blocks"
+    nlls = perplexity.token_nlls(model, texts)
+    assert scores["mean_perplexity"]["value"] == pytest.approx(perplexity.mean(nlls).value)
+    assert scores["corpus_perplexity"]["value"] == pytest.approx(perplexity.corpus(nlls).value)
+    blocks = [ngrams.diversity(texts[i : i + 60]) for i in (0, 60)]
+    assert scores["diversity"]["value"] == pytest.approx(np.mean(blocks))
+    assert scores["diversity"]["spread"] == pytest.approx(np.std(blocks))
+    assert scores["memorisation"]["value"] > 0
+
+
+def test_conditional_protocols_without_fetching_anything(score, tmp_path, tiny):
+    sources = [f"old {text}" for text in sentences(40)]
+    references = [text.removeprefix("old ") for text in sources]
+    rows = [
+        {"text": r, "source": s, "reference": r} for s, r in zip(sources, references, strict=True)
+    ]
+    arguments = {"protocol": "detoxification,bertscore", "bertscore_model": str(tiny.encoder)}
+    good = score(texts=tiny_lib.write_rows(tmp_path / "good.jsonl", rows), **arguments)
+    assert good["problems"] == {}
+    copies = [{**row, "text": row["source"]} for row in rows]
+    copied = score(texts=tiny_lib.write_rows(tmp_path / "copied.jsonl", copies), **arguments)
+    values = [{name: e["value"] for name, e in f["scores"].items()} for f in (good, copied)]
+    assert values[0]["style"] > values[1]["style"]
+    assert values[1]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert values[0]["similarity"] < 1
+    assert values[0]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
+    assert values[1]["bertscore_f1"] < values[0]["bertscore_f1"]
+    protocol = good["scores"]["j"]["protocol"]
+    assert protocol == "detoxification(style_model=, fluency_model=)"
+    assert "naive Bayes" in good["scores"]["style"]["flags"]["by"]
+    assert good["scores"]["bertscore_f1"]["protocol"].startswith("bertscore(bertscore_model=")

@@ -21,7 +21,7 @@ LAYERS = """
     models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface
     models.weights models.cosmos diffusion.loss encoder language_model
     scores.embeddings scores.perplexity
-    scores.bertscore models.classifier
+    scores.bertscore classifier
     scores.detoxification
     scores.protocols
     diffusion.samplers stages.base run

@@ -12,7 +12,6 @@ from tiny import write_encoder
 
 from cosmos_jax import encoder
 from cosmos_jax.errors import UserError
-from cosmos_jax.models.bert import BertConfig
 from cosmos_jax.scores.bertscore import LAYERS, NAMES, _of_pairs, bertscore
 
 CANDIDATES = [*tiny_bert.TEXTS, tiny_bert.TEXTS[0]]
@@ -160,23 +159,18 @@ def test_rescaling(small):
     assert raw["bertscore_f1"].signature().endswith("rescaled:no")
 
 
-def test_the_layer_of_a_known_model(small):
-    names = {"FacebookAI/roberta-large": 17, "/models/roberta-base": 10, "bert-base-cased": 9}
-    assert {name: LAYERS[name.rpartition("/")[2]] for name in names} == names
-    deeper = dataclasses.replace(
-        small,
-        name="google-bert/bert-base-cased",
-        config=BertConfig(**{**dataclasses.asdict(small.config), "num_layers": 10}),
-        params={
-            **small.params,
-            **{f"layers_{i}": small.params[f"layers_{i % 2}"] for i in range(10)},
-        },
-    )
+def test_the_layer_of_a_known_model(small, monkeypatch):
+    known = {"roberta-large": 17, "roberta-base": 10, "bert-base-cased": 9}
+    assert {name: LAYERS[name] for name in known} == known
     pair = ["the red stone"], ["a green stone"]
-    chosen = bertscore(deeper, *pair)["bertscore_f1"]
-    assert chosen.flags["layer"] == 9
-    assert chosen.value == bertscore(deeper, *pair, layer=9)["bertscore_f1"].value
-    assert chosen.value != bertscore(deeper, *pair, layer=10)["bertscore_f1"].value
+    first, last = (bertscore(small, *pair, layer=layer)["bertscore_f1"] for layer in (1, 2))
+    assert first.value != last.value
+    for name, layer, expected in (("known", 1, first), ("known", 9, last), ("other", 1, last)):
+        monkeypatch.setitem(LAYERS, "known", layer)
+        renamed = dataclasses.replace(small, name=f"somebody/{name}")
+        chosen = bertscore(renamed, *pair)["bertscore_f1"]
+        assert chosen.value == expected.value
+        assert chosen.flags["layer"] == expected.flags["layer"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import pytest
 import tiny_bert
 from tiny import write_encoder
 
-from cosmos_jax import encoder
+from cosmos_jax import classifier, encoder
 from cosmos_jax.errors import UserError
-from cosmos_jax.models import classifier
 from cosmos_jax.scores import detoxification
 from cosmos_jax.scores.detoxification import Factor, cosine, j_score, naive_bayes, ngram_rank
 from cosmos_jax.scores.embeddings import pooled

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cosmos_jax.classifier import Classifier, probabilities
 from cosmos_jax.encoder import TextEncoder
 from cosmos_jax.errors import UserError
-from cosmos_jax.models.classifier import Classifier, probabilities
 from cosmos_jax.scores import score
 from cosmos_jax.scores.embeddings import pooled
 from cosmos_jax.scores.ngram_model import NgramModel

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cosmos_jax import language_model
+from cosmos_jax import classifier, language_model
 from cosmos_jax.encoder import TextEncoder
 from cosmos_jax.encoder import load as load_encoder
 from cosmos_jax.errors import UserError
-from cosmos_jax.models import classifier
 from cosmos_jax.scores import bertscore, detoxification, embeddings, ngrams, perplexity
 from cosmos_jax.scores import mauve as mauve_lib
 from cosmos_jax.scores.ngram_model import ngram_perplexity as score_ngram_perplexity
