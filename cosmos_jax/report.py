@@ -3,7 +3,6 @@
 python -m cosmos_jax.report --workdir=runs/quickstart
 """
 
-import datetime
 import hashlib
 import io
 import json
@@ -78,9 +77,10 @@ def write(workdir: Path) -> Path:
         sections=sections,
         notes=notes,
         version=__version__,
-        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    write_text(path := workdir / "report.html", UNPRINTABLE.sub("\ufffd", html))
+    html, path = UNPRINTABLE.sub("\ufffd", html), workdir / "report.html"
+    if _bytes(path, []) != html.encode():
+        write_text(path, html)
     return path
 
 

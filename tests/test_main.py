@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny as tiny_lib
 
@@ -138,6 +139,30 @@ def test_evaluation_of_a_run(complete, tiny):
     assert scores["latent_frechet"]["value"] > scores["latent_frechet"]["real"]
     assert {score["protocol"] for score in scores.values()} == {"offline", "latents"}
     assert "at least 50" in evaluation["problems"]["encoder_mauve"]
+
+
+def test_examples_of_a_run(complete, tiny):
+    """Tokens are marked by what came back, and a path ends at what its texts come back as."""
+    workdir, _, data = complete
+    field = "target" if data == tiny.pairs else "text"
+    test = [row[field] for row in tiny_lib.read_rows(data / "test.jsonl")]
+    examples = json.loads((workdir / "examples.json").read_text())
+    assert examples["real"] == test[: len(examples["real"])]
+    answers = []
+    for text, example in zip(test, examples["reconstructions"], strict=False):
+        assert example["text"] == text
+        assert " ".join(token for token, _, _ in example["tokens"]) == text
+        assert all(right == (token == answer) for token, right, answer in example["tokens"])
+        answers.append([answer for _, _, answer in example["tokens"]])
+    share = np.mean([right for e in examples["reconstructions"] for _, right, _ in e["tokens"]])
+    assert 0 < share < 1
+    path = examples["interpolation"]["path"]
+    assert [step["weight"] for step in path] == pytest.approx(np.linspace(0, 1, 7))
+    for step, answer in ((path[0], answers[0]), (path[-1], answers[1])):
+        # Decoding ends at the first [SEP], which may come before or after the text's own.
+        said = step["text"].split()
+        n = min(len(said), len(answer))
+        assert said[:n] == answer[:n]
 
 
 def ngrams(text, n):
