@@ -108,6 +108,23 @@ def _tensorboard_writers():
     return metric_writers
 
 
+def write_report(workdir: Path) -> None:
+    """Writes `report.html` from within a run, which must not end because of how it is reported."""
+    try:
+        from cosmos_jax import report  # loads matplotlib
+
+        report.write(workdir)
+    except ImportError as error:
+        _say_once(f"no report.html: {error}; pip install -r requirements.txt")
+    except Exception:
+        logger.warning("report.html could not be written", exc_info=True)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def progress(
     total: int, name: str, *, start: int = 0, unit: str = "step", active: bool = True
 ) -> tqdm:

@@ -6,7 +6,6 @@ python -m cosmos_jax.report --workdir=runs/quickstart
 import hashlib
 import io
 import json
-import logging
 import math
 import re
 from pathlib import Path
@@ -25,8 +24,6 @@ from cosmos_jax import __version__, commands
 from cosmos_jax import config as config_lib
 from cosmos_jax.errors import UserError
 from cosmos_jax.workdir import read_json, write_text
-
-logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -292,14 +289,6 @@ def _duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
     return f"{minutes // 60:,} h {minutes % 60:02} min"
-
-
-def try_to_write(workdir: Path) -> None:
-    """`write` from within a run, which must not end because of how it is reported."""
-    try:
-        write(workdir)
-    except Exception:
-        logger.warning("report.html could not be written", exc_info=True)
 
 
 def main(argv: list[str]) -> None:

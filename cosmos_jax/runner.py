@@ -14,8 +14,8 @@ from cosmos_jax import (
     evaluation,
     examples,
     generate,
+    metrics,
     pipeline,
-    report,
     results,
     sharding,
     timing,
@@ -57,7 +57,7 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
         for name in wanted:
             with contextlib.ExitStack() as around:
                 if distributed.is_first():
-                    around.callback(report.try_to_write, workdir)
+                    around.callback(metrics.write_report, workdir)
                     around.enter_context(timing.recorded(workdir, name))
                 if name in pipeline.STAGES:
                     pipeline.train_stage(run, name)

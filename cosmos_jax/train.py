@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cosmos_jax import distributed, metrics, optimizer, report, sharding
+from cosmos_jax import distributed, metrics, optimizer, sharding
 from cosmos_jax.checkpoint import Checkpoints, shapes_on
 from cosmos_jax.data.batches import Batch as HostBatch
 from cosmos_jax.data.batches import OrderedBatches, prefetch
@@ -175,7 +175,7 @@ def train(
             values = {f"validation_{name}": value for name, value in values.items()}
             writer.write(step, values)
             if first:
-                report.try_to_write(run.workdir)
+                metrics.write_report(run.workdir)
             return values
 
         def log(step: int, values: dict[str, jax.Array]) -> None:

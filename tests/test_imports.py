@@ -13,9 +13,10 @@ LAYERS = """
     commands config distributed optimizer provenance data.tokens data.files
     scores.score scores.batches scores.table
     sharding checkpoint workdir data.sources scores.ngrams scores.frechet
+    report
     metrics timing data.jsonl data.tables data.holding_out data.batches
     scores.mauve scores.ngram_model
-    data.documents report
+    data.documents
     data.builders
     models.layers models.torch_files diffusion.schedule diffusion.time_sampling
     models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface

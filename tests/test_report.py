@@ -1,6 +1,7 @@
 """`report.html`: every part of it, and a page at every moment of a run, whatever its files hold."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from cosmos_jax import config as config_lib
+from cosmos_jax import metrics as metrics_lib
 from cosmos_jax import report
 from cosmos_jax.errors import UserError
 
@@ -457,7 +459,7 @@ def test_a_page_that_cannot_be_written_stays_as_it_was(workdir, monkeypatch):
     monkeypatch.setattr("cosmos_jax.workdir.os.fsync", full)
     with pytest.raises(UserError, match=r"report\.html: cannot be written: No space left"):
         report.write(workdir)
-    report.try_to_write(workdir)  # does not raise
+    metrics_lib.write_report(workdir)  # does not raise
     assert (workdir / "report.html").read_bytes() == old
     assert not list(workdir.glob(".*"))
 
@@ -551,3 +553,16 @@ def test_no_page_is_wider_than_its_window(workdir, hostile):
     assert [f"[{width} {width} 0]" in done.stdout for width in widths] == [True] * 3, (
         done.stdout[-500:] + done.stderr[-500:]
     )
+
+
+def test_a_run_does_without_a_page(workdir, monkeypatch, caplog):
+    """Accelerators may lack what draws it: that is said once, and the run goes on."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "cosmos_jax.report")
+    monkeypatch.delattr("cosmos_jax.report")
+    monkeypatch.setattr(logging.getLogger("cosmos_jax"), "propagate", True)
+    metrics_lib._say_once.cache_clear()
+    for _ in range(2):
+        metrics_lib.write_report(workdir)
+    assert [r.getMessage().startswith("no report.html: ") for r in caplog.records] == [True]
+    assert not (workdir / "report.html").exists()
