@@ -133,7 +133,7 @@ def test_perfect_texts_get_full_marks(tiny, workdir):
     assert state["scores"]["bleu"]["value"] < 10
     # What has no tokens has no BERTScore: that is said, not averaged away.
     assert "encoder_bertscore_f1" not in state["scores"]
-    assert "no token" in state["problems"]["encoder_bert_score"]
+    assert "text 1 is empty" in state["problems"]["encoder_bert_score"]
 
 
 def test_evaluation_goes_on_after_the_last_batch_and_score(tiny, workdir, monkeypatch):
