@@ -57,7 +57,7 @@ def _done(workdir: Path, stage: str) -> int:
     if stage == "evaluate":
         for name in ("evaluation.partial.json", "evaluation.json"):
             if (state := read_json(workdir / name)) is not None:
-                return len(state["done"])
+                return len(state.get("done", ()))
         return 0
     saved = (workdir / stage).iterdir() if (workdir / stage).exists() else ()
     return max((int(path.name) for path in saved if path.name.isdigit()), default=0)

@@ -276,6 +276,6 @@ def test_conditional_protocols_without_fetching_anything(score, tmp_path, tiny):
     assert values[0]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
     assert values[1]["bertscore_f1"] < values[0]["bertscore_f1"]
     protocol = good["scores"]["j"]["protocol"]
-    assert protocol == "detoxification(style_model=, fluency_model=)"
+    assert protocol == "detoxification(style_model=offline, fluency_model=offline)"
     assert "naive Bayes" in good["scores"]["style"]["flags"]["by"]
     assert good["scores"]["bertscore_f1"]["protocol"].startswith("bertscore(bertscore_model=")

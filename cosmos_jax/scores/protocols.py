@@ -307,7 +307,11 @@ def parse(names: str) -> list[str]:
 def full_name(name: str, settings: ConfigDict) -> str:
     """The name of a protocol with every setting that is not its own."""
     standard = PROTOCOLS[name].standard
-    changed = [f"{key}={settings[key]}" for key, own in standard.items() if settings[key] != own]
+    changed = [
+        f"{key}={'offline' if settings[key] == '' else settings[key]}"
+        for key, own in standard.items()
+        if settings[key] != own
+    ]
     return f"{name}({', '.join(changed)})" if changed else name
 
 
