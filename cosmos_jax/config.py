@@ -114,8 +114,8 @@ def base() -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.num_texts = 1_000  # held-out texts for reconstruction and losses
     config.evaluate.batch_size = 256
-    # Protocols of `scores/protocols.py`, with commas between them; "" for none. Whatever below
-    # is not as a protocol has it becomes part of the name under which its scores are given.
+    # Protocols of `scores/protocols.py`, with commas between them; "" for none. What differs from
+    # a protocol's own settings becomes part of the name under which its scores are given.
     config.evaluate.protocols = "offline"
     config.evaluate.words = "regex"  # what n-grams consist of: regex | spacy
     config.evaluate.block_size = 1_000  # texts that are scored as one set

@@ -54,11 +54,12 @@ def evaluate(texts: protocols.Texts) -> dict[str, Any]:
     """Scores by name, problems, and what they are scores of: the content of `evaluation.json`."""
     state: dict[str, Any] = {"scores": {}, "done": [], "problems": {}}
     for name, piece in protocols.pieces(texts).items():
+        logger.info("%s", name)
         state = protocols.compute(state, name, piece)
     names = protocols.parse(texts.settings.protocols)
     return {
         **state,
-        "protocols": [protocols.full_name(name, texts.settings) for name in names],
+        "protocols": [protocols.full_name(name, texts) for name in names],
         "texts": protocols.summary(texts),
         "settings": texts.settings.to_dict(),
         **provenance.versions(),
@@ -75,6 +76,8 @@ def read(path: Path, *fields: str) -> list[str]:
     for number, line in files.lines(path):
         if not path.name.endswith(SUFFIXES):
             texts.append(line.strip())
+            continue
+        if not line.strip():
             continue
         try:
             value = json.loads(line)
@@ -105,6 +108,8 @@ def open_texts() -> protocols.Texts:
     settings.protocols = _PROTOCOL.value
     config_lib.validate(config)
     names = protocols.parse(settings.protocols)
+    if not names:
+        raise UserError(f"--protocol= names none: there are {', '.join(protocols.PROTOCOLS)}")
     path = Path(_TEXTS.value)
     texts = read(path, "text")
     of_texts = [] if _REFERENCES.value else _within(path, "reference")
@@ -116,13 +121,13 @@ def open_texts() -> protocols.Texts:
     sources = (
         read(Path(_SOURCES.value), "source", "text") if _SOURCES.value else _within(path, "source")
     )
-    where = _REFERENCES.value or str(path)
-    for number, text in enumerate(references, 1):
-        if not text:
-            raise UserError(f"{where}:{number}: an empty reference; remove it, and its text")
     paired = _PAIRED.value
     if paired is None:
         paired = bool(of_texts or sources) or any(protocols.PROTOCOLS[n].paired for n in names)
+    where = _REFERENCES.value or str(path)
+    for number, text in enumerate(references, 1):
+        if paired and not text:
+            raise UserError(f"{where}:{number}: an empty reference; remove it, and its text")
     for what, group in (("references", references if paired else texts), ("sources", sources)):
         if group and len(group) != len(texts):
             raise UserError(
@@ -144,7 +149,7 @@ def open_texts() -> protocols.Texts:
         references=references,
         sources=sources,
         paired=paired,
-        training=(lambda: normalise(read(Path(_TRAINING.value), "text", "target")))
+        training=(lambda: read(Path(_TRAINING.value), "text", "target"))
         if _TRAINING.value
         else None,
         normalise=normalise,
@@ -168,7 +173,7 @@ def main(argv: list[str]) -> None:
         logger.warning("no %s: %s", name, problem)
     empty = result["texts"]["generated"]["empty"]
     if empty:
-        logger.warning("%d of the texts are empty", empty)
+        logger.warning("%d of the texts say nothing", empty)
     print("\n".join(table.lines(result["scores"])))
     if not result["scores"]:
         raise UserError(f"no score could be had; {out} says why")

@@ -8,27 +8,24 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cosmos_jax import distributed, latents, pipeline, provenance, workdir
+from cosmos_jax import distributed, latents, pipeline, provenance, sharding, workdir
 from cosmos_jax.data import tokens
-from cosmos_jax.data.sources import Rows
+from cosmos_jax.data.sources import first_texts
 from cosmos_jax.errors import UserError
 from cosmos_jax.generate import read_samples
 from cosmos_jax.run import Run
 from cosmos_jax.scores import frechet, protocols
+from cosmos_jax.scores.score import JACKKNIFE, jackknife
 from cosmos_jax.train import Totals, add, make_validation, means
 
 logger = logging.getLogger(__name__)
-
-# Memorisation looks for generated n-grams in this many training texts, as the paper does.
-MEMORISATION_TEXTS = 100_000
 
 # The trained parameters of each stage.
 PARAMETERS = {
@@ -84,7 +81,9 @@ def evaluate(run: Run) -> None:
     texts = texts_of(run, samples_path)
     for name, piece in protocols.pieces(texts).items():
         if name not in state["done"]:
-            state = distributed.on_first(functools.partial(protocols.compute, state, name, piece))
+            logger.info("evaluate: %s", name)
+            compute = functools.partial(protocols.compute, state, name, piece)
+            state = distributed.on_first(functools.partial(sharding.on_one_device, compute))
             save()
     if "latent_frechet" not in state["done"]:
         piece = functools.partial(latent_frechet, run, finished, texts)
@@ -93,9 +92,13 @@ def evaluate(run: Run) -> None:
     for name, problem in state["problems"].items():
         logger.warning("evaluate: no %s: %s", name, problem)
     state |= {"texts": protocols.summary(texts), **provenance.versions()}
-    if state != recorded:
-        distributed.on_first(lambda: workdir.write_json(path, state))
-    distributed.on_first(lambda: partial.unlink(missing_ok=True))
+
+    def finish() -> None:
+        if state != recorded:
+            workdir.write_json(path, state)
+        partial.unlink(missing_ok=True)
+
+    distributed.on_first(finish)
 
 
 def _of_identity(path: Path, identity: dict[str, Any]) -> Any:
@@ -127,19 +130,19 @@ def texts_of(run: Run, samples_path: Path) -> protocols.Texts:
     samples = distributed.on_first(lambda: read_samples(samples_path))
     paired = run.dataset.conditional
 
+    rows = run.dataset.train
+
     def normalise(texts: Sequence[str]) -> list[str]:
-        return _normalise(run, texts)
+        return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
 
     return protocols.Texts(
         generated=[sample["text"] for sample in samples],
-        references=normalise(
-            [sample["reference"] for sample in samples]
-            if paired
-            else _texts(run.dataset.test, len(samples))
-        ),
+        references=[sample["reference"] for sample in samples]
+        if paired
+        else first_texts(run.dataset.test, len(samples)),
         sources=[sample["source"] for sample in samples] if paired else [],
         paired=paired,
-        training=lambda: _normalised_in_parts(run, _texts(run.dataset.train, MEMORISATION_TEXTS)),
+        training=lambda: (row.text for row in map(rows.__getitem__, range(len(rows)))),
         normalise=normalise,
         form=f"{run.config.data.max_length} tokens of {run.encoder.name}",
         encoder=run.encoder,
@@ -156,15 +159,25 @@ def latent_frechet(
     """
     model, weights = finished.model, finished.weights
     mean_NxD, std_NxD = (np.asarray(weights[name]) for name in ("latents_mean", "latents_std"))
-    other = texts.normalise(_texts(run.dataset.valid, len(texts.real)))
+    other = texts.normalise(first_texts(run.dataset.valid, len(texts.real)))
     generated, real, valid = (
         ((latents.encode(run, model, weights, group) - mean_NxD) / std_NxD).mean(axis=1)
         for group in (texts.kept, texts.real, other)
     )
+    score = frechet.frechet_distance(generated, real)
     score = dataclasses.replace(
-        frechet.frechet_distance(generated, real),
+        score,
+        spread=jackknife(
+            lambda some: frechet.frechet_distance(generated[some], real).value, len(generated)
+        ),
+        spread_over=JACKKNIFE,
         real=frechet.frechet_distance(valid, real).value,
-        flags={"features": "mean of the standardised latents", "form": texts.form},
+        flags={
+            "features": "mean of the standardised latents",
+            **score.flags,
+            "n_real": len(valid),
+            "form": texts.form,
+        },
     )
     return {"latent_frechet": {**score.to_json(), "protocol": "latents"}}
 
@@ -176,17 +189,3 @@ def _hash(samples_path: Path) -> str:
         raise UserError(
             f"{samples_path} is missing: run --stage=generate first (or --stage=all)"
         ) from None
-
-
-def _texts(rows: Rows, limit: int) -> list[str]:
-    return [rows[i].text for i in range(min(limit, len(rows)))]
-
-
-def _normalise(run: Run, texts: Sequence[str]) -> list[str]:
-    return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
-
-
-def _normalised_in_parts(run: Run, texts: Iterable[str]) -> Iterable[str]:
-    iterator = iter(texts)
-    while part := list(itertools.islice(iterator, 1_024)):
-        yield from _normalise(run, part)

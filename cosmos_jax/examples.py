@@ -6,6 +6,7 @@ import numpy as np
 
 from cosmos_jax import distributed, latents, pipeline, trained, workdir
 from cosmos_jax.data import tokens
+from cosmos_jax.data.sources import first_texts
 from cosmos_jax.models.cosmos import Cosmos, Weights
 from cosmos_jax.run import Run
 
@@ -23,8 +24,7 @@ def write(run: Run) -> None:
     if recorded is not None and recorded["identity"] == identity:
         return
     model, weights = pipeline.trained_autoencoder(run)
-    rows = run.dataset.test
-    texts = [rows[i].text for i in range(min(NUM_REAL, len(rows)))]
+    texts = first_texts(run.dataset.test, NUM_REAL)
     found = {
         "identity": identity,
         "real": tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length),

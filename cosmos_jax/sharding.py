@@ -6,8 +6,8 @@ EMA; `tensor` splits attention heads and MLP width. One device is a mesh of 1 x 
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cosmos_jax.errors import UserError
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -162,3 +164,14 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     return np.unique(
         np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index is not None])
     )
+
+
+def on_one_device(function: Callable[[], T]) -> T:
+    """Calls `function` so that it computes on the first device of this process alone.
+
+    Within the mesh of a run each program is one of all devices, which all processes must start.
+    """
+    axis_types = (AxisType.Auto,)
+    alone = jax.make_mesh((1,), ("data",), axis_types=axis_types, devices=jax.local_devices()[:1])
+    with jax.set_mesh(alone):
+        return function()

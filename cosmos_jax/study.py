@@ -30,6 +30,7 @@ from cosmos_jax import (
 )
 from cosmos_jax import config as config_lib
 from cosmos_jax.data import tokens
+from cosmos_jax.data.sources import first_texts
 from cosmos_jax.errors import UserError
 from cosmos_jax.run import Run
 from cosmos_jax.scores import ngrams
@@ -40,7 +41,7 @@ logger = logging.getLogger("cosmos_jax")
 Row = dict[str, Any]
 
 # Scores of generated texts that studies compare, where an evaluation has them.
-SCORES = ("encoder_mauve", "latent_frechet", "ngram_perplexity", "diversity", "memorisation")
+SCORES = ("encoder_mauve", "ngram_perplexity", "diversity", "memorisation")
 
 
 def robustness(config: ConfigDict, run: Run) -> list[Row]:
@@ -51,7 +52,7 @@ def robustness(config: ConfigDict, run: Run) -> list[Row]:
     """
     model, weights = pipeline.trained_autoencoder(run)
     statistics = measure.latents(run, model, weights)
-    texts = _held_out(run, config.num_texts)
+    texts = first_texts(run.dataset.test, config.num_texts)
     encoded = tokens.encode(run.encoder.tokenizer, texts, run.config.data.max_length)
     clean = latents.encode(run, model, weights, texts)
     clean_ids = latents.decode(run, model, weights, clean)
@@ -81,20 +82,23 @@ def smoothness(config: ConfigDict, run: Run) -> list[Row]:
     """
     model, weights = pipeline.trained_autoencoder(run)
     length, tokenizer = run.config.data.max_length, run.encoder.tokenizer
-    train = [run.dataset.train[i].text for i in range(len(run.dataset.train))]
+    train = first_texts(run.dataset.train, len(run.dataset.train))
     fluency = NgramModel().fit(tokens.round_trip(tokenizer, train, length))
-    texts = _held_out(run, 2 * config.num_pairs)
+    texts = first_texts(run.dataset.test, 2 * config.num_pairs)
+    if len(texts) < 2 * max(config.num_pairs, config.num_examples):
+        raise UserError(f"{config.num_pairs} pairs of {len(texts)} held-out texts: ask for fewer")
     ends = latents.encode(run, model, weights, texts)
     starts, stops = ends[::2], ends[1::2]
     real = fluency.perplexity(tokens.round_trip(tokenizer, texts, length))
     rows = []
     for weight in config.weights:
         ids = latents.decode(run, model, weights, starts + weight * (stops - starts))
-        decoded = tokens.decode(tokenizer, ids)
+        decoded = [text for text in tokens.decode(tokenizer, ids) if text]
         rows.append(
             {
                 "weight": weight,
-                "ngram_perplexity": fluency.perplexity([text for text in decoded if text]),
+                "ngram_perplexity": fluency.perplexity(decoded),
+                "empty": len(ids) - len(decoded),
                 "diversity": ngrams.diversity(decoded),
                 "real": real,
             }
@@ -156,15 +160,9 @@ def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
         "config": config.to_dict(),
         **provenance.versions(),
     }
-    if distributed.is_first():
-        workdir.write_json(directory / f"{config.study}.json", result)
-        figure(result).savefig(directory / f"{config.study}.svg", bbox_inches="tight")
+    workdir.write_json(directory / f"{config.study}.json", result)
+    figure(result).savefig(directory / f"{config.study}.svg", bbox_inches="tight")
     return result
-
-
-def _held_out(run: Run, count: int) -> list[str]:
-    rows = run.dataset.test
-    return [rows[i].text for i in range(min(count, len(rows)))]
 
 
 # Tables and figures
@@ -214,7 +212,7 @@ def table(result: dict[str, Any]) -> str:
     """The rows in Markdown."""
     x, panels = PANELS[result["study"]]
     rows = [row for row in result["rows"] if x in row]
-    columns = list(dict.fromkeys(["run", x, *(name for name in panels if name in rows[0])]))
+    columns = list(dict.fromkeys(["run", x, *(n for n in panels if any(n in row for row in rows))]))
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         lines.append([_cell(row, name) for name in columns])
@@ -234,6 +232,8 @@ def main(argv: list[str]) -> None:
     if config.get("study") not in STUDIES:
         raise UserError(f"--config: not a study; there are {', '.join(STUDIES)}")
     distributed.start("", 1, 0)
+    if jax.process_count() > 1:
+        raise UserError("a study runs in one process; its runs alone can train in several")
     directory = Path(flags.FLAGS.workdir).absolute()
     try:
         print(table(study(config, directory)))

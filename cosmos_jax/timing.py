@@ -5,6 +5,7 @@ Times differ from run to run, so they stand apart from `metrics.jsonl`, which do
 
 import contextlib
 import json
+import logging
 import resource
 import time
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import jax
 
-from cosmos_jax.workdir import read_json, writing
+from cosmos_jax.errors import UserError
+from cosmos_jax.workdir import read_json
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def recorded(workdir: Path, stage: str) -> Iterator[None]:
-    """Writes a line if steps, texts or scores were added, however the stage ends."""
+    """Writes a line if there are more steps, texts or scores than before, unless it is killed."""
     before, begun = _done(workdir, stage), time.perf_counter()
     try:
         yield
@@ -34,13 +38,15 @@ def recorded(workdir: Path, stage: str) -> Iterator[None]:
                 "num_devices": jax.device_count(),
                 "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            path = workdir / "timing.jsonl"
-            with writing(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(workdir / "timing.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:  # no reason to end a run
+                logger.warning("timing.jsonl: cannot be written: %s", error.strerror)
 
 
 def _peak_memory() -> int:
-    """Of the first device, or of the process where the device's memory is the host's."""
+    """Of this process so far: its first device, or the host where that has the device's memory."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     # The system counts in units of 1,024 bytes.
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
@@ -56,8 +62,9 @@ def _done(workdir: Path, stage: str) -> int:
         return 0
     if stage == "evaluate":
         for name in ("evaluation.partial.json", "evaluation.json"):
-            if (state := read_json(workdir / name)) is not None:
-                return len(state.get("done", ()))
+            with contextlib.suppress(UserError):  # who needs the file will say that it is damaged
+                if (state := read_json(workdir / name)) is not None:
+                    return len(state.get("done", ()))
         return 0
     saved = (workdir / stage).iterdir() if (workdir / stage).exists() else ()
     return max((int(path.name) for path in saved if path.name.isdigit()), default=0)

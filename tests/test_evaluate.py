@@ -1,5 +1,6 @@
 """The command that scores any system's texts: what it reads, writes, names and refuses."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -13,6 +14,7 @@ from absl.testing import flagsaver
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import evaluate, language_model
+from cosmos_jax.encoder import load as load_encoder
 from cosmos_jax.errors import UserError
 from cosmos_jax.models.gpt2 import Gpt2, Gpt2Config
 from cosmos_jax.scores import mauve, ngrams, perplexity, protocols
@@ -132,18 +134,44 @@ def test_every_score_moves_the_right_way(score, tmp_path):
     assert found["gibberish"]["encoder_mauve"] < 0.1 < found["good"]["encoder_mauve"]
 
 
-def test_a_stand_in_changes_the_name_of_the_protocol():
-    settings = config_lib.base().evaluate
-    assert protocols.full_name("rouge", settings) == "rouge"
-    assert protocols.full_name("offline", settings) == "offline"
-    assert protocols.full_name("cosmos", settings) == "cosmos(words=regex)"
-    settings.words = "spacy"
-    assert protocols.full_name("cosmos", settings) == "cosmos"
-    settings.perplexity_model = "distilgpt2"
-    assert protocols.full_name("cosmos", settings) == "cosmos(perplexity_model=distilgpt2)"
-    assert protocols.full_name("corpus-ppl", settings) == "corpus-ppl(perplexity_model=distilgpt2)"
-    settings.stemming = False
-    assert protocols.full_name("rouge", settings) == "rouge(stemming=False)"
+def test_a_stand_in_changes_the_name_of_the_protocol(tiny):
+    encoder = load_encoder(str(tiny.encoder))
+
+    def name(protocol, count=1_000, encoder_name="google-bert/bert-base-cased", **changes):
+        settings = config_lib.base().evaluate
+        settings.update(changes)
+        texts = protocols.Texts(
+            generated=["a"] * count,
+            references=["a"] * 1_000,
+            sources=[],
+            paired=False,
+            training=None,
+            normalise=list,
+            form="",
+            encoder=dataclasses.replace(encoder, name=encoder_name),
+            settings=settings,
+        )
+        return protocols.full_name(protocol, texts)
+
+    assert name("rouge") == "rouge"
+    assert name("rouge", stemming=False) == "rouge(stemming=False)"
+    assert name("offline", count=7) == "offline"
+    assert name("offline", seeds=1) == "offline(seeds=1)"
+    assert name("cosmos") == "cosmos(words=regex)"
+    assert name("cosmos", words="spacy") == "cosmos"
+    assert name("cosmos", words="spacy", count=70) == "cosmos(block_size=70)"
+    assert name("cosmos", words="spacy", encoder_name="minilm") == "cosmos(encoder=minilm)"
+    stand_in = {"perplexity_model": "distilgpt2"}
+    assert name("cosmos", words="spacy", **stand_in) == "cosmos(perplexity_model=distilgpt2)"
+    assert name("corpus-ppl", **stand_in) == "corpus-ppl(perplexity_model=distilgpt2)"
+    models = {
+        "style_model": "s-nlp/roberta_toxicity_classifier",
+        "fluency_model": "textattack/roberta-base-CoLA",
+    }
+    assert name("detoxification", encoder_name="minilm", **models) == "detoxification"
+    assert name("detoxification", encoder_name="minilm") == (
+        "detoxification(style_model=offline, fluency_model=offline)"
+    )
 
 
 def test_what_cannot_be_had_is_a_problem_and_the_rest_is_scored(score, tmp_path, caplog):
@@ -165,7 +193,8 @@ def test_what_cannot_be_had_is_a_problem_and_the_rest_is_scored(score, tmp_path,
     ("arguments", "message"),
     [
         ({"references": ["a b"], "protocol": "bleu"}, "2 texts, but there are 1 references"),
-        ({"references": ["a b", ""]}, r"references\.txt:2: an empty reference"),
+        ({"references": ["a b", ""], "paired": True}, r"references\.txt:2: an empty reference"),
+        ({"references": ["a"], "protocol": ""}, "--protocol= names none: there are cosmos, "),
         ({"references": ["", ""]}, r"references\.txt: holds no texts"),
         ({"references": ["a"], "sources": ["a"]}, "2 texts, but there are 1 references"),
         ({}, "has no 'reference' of each text: give --references"),
@@ -217,7 +246,7 @@ def gpt2(tmp_path_factory):
     return str(directory)
 
 
-def test_the_protocols_of_the_papers(score, tmp_path, gpt2):
+def test_the_protocols_of_the_papers(score, tmp_path, gpt2, tiny):
     """Each score is what its function says of the same texts, in blocks where there are several."""
     texts, references = sentences(130), sentences(125, seed=1)
     found = score(
@@ -237,7 +266,7 @@ def test_the_protocols_of_the_papers(score, tmp_path, gpt2):
         *("mean_perplexity", "corpus_perplexity"),
     ]
     assert scores["mauve"]["protocol"].startswith(f"cosmos(feature_model={gpt2}, ")
-    assert scores["mauve"]["protocol"].endswith("words=regex, block_size=60)")
+    assert f"words=regex, block_size=60, encoder={tiny.encoder}" in scores["mauve"]["protocol"]
     # Two blocks of each: four pairs.
     model = language_model.load(gpt2)
     ours, theirs = (perplexity.features(model, group) for group in (texts, references))
@@ -247,14 +276,14 @@ def test_the_protocols_of_the_papers(score, tmp_path, gpt2):
         for j in (0, 60)
     ]
     assert scores["mauve"]["value"] == pytest.approx(np.mean(pairs), rel=1e-6)
-    assert scores["mauve"]["spread"] == pytest.approx(np.std(pairs), rel=1e-4)
+    assert scores["mauve"]["spread"] == pytest.approx(np.std(pairs, ddof=1), rel=1e-4)
     assert scores["mauve"]["spread_over"] == "pairs of blocks"
     nlls = perplexity.token_nlls(model, texts)
     assert scores["mean_perplexity"]["value"] == pytest.approx(perplexity.mean(nlls).value)
     assert scores["corpus_perplexity"]["value"] == pytest.approx(perplexity.corpus(nlls).value)
     blocks = [ngrams.diversity(texts[i : i + 60]) for i in (0, 60)]
     assert scores["diversity"]["value"] == pytest.approx(np.mean(blocks))
-    assert scores["diversity"]["spread"] == pytest.approx(np.std(blocks))
+    assert scores["diversity"]["spread"] == pytest.approx(np.std(blocks, ddof=1))
     assert scores["memorisation"]["value"] > 0
 
 
@@ -276,6 +305,8 @@ def test_conditional_protocols_without_fetching_anything(score, tmp_path, tiny):
     assert values[0]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
     assert values[1]["bertscore_f1"] < values[0]["bertscore_f1"]
     protocol = good["scores"]["j"]["protocol"]
-    assert protocol == "detoxification(style_model=offline, fluency_model=offline)"
+    assert protocol.startswith(
+        "detoxification(style_model=offline, fluency_model=offline, encoder="
+    )
     assert "naive Bayes" in good["scores"]["style"]["flags"]["by"]
     assert good["scores"]["bertscore_f1"]["protocol"].startswith("bertscore(bertscore_model=")

@@ -170,7 +170,7 @@ def test_spread_is_what_other_texts_would_have_given(definition):
         return TokenNlls([rng.normal(3, 1, rng.integers(5, 15)) for _ in range(100)])
 
     scores = [definition(drawn()) for _ in range(200)]
-    actual = np.std([score.value for score in scores])
+    actual = np.std([score.value for score in scores], ddof=1)
     claimed = np.sqrt(np.mean([score.spread**2 for score in scores]))
     assert claimed == pytest.approx(actual, rel=0.25)
 

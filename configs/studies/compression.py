@@ -7,4 +7,4 @@ from configs.studies import runs
 
 
 def get_config():
-    return runs.study("compression", "full_n2", "full_n4", "full", "full_n16")
+    return runs.study("compression", "latents_4", "latents_8", "latents_16")

@@ -13,15 +13,17 @@ NOTHING = {
     "autoencoder.noised_share": 0.0,
     "autoencoder.latent_dropout": 0.0,
 }
-# What each run changes in `base`: the recipe part by part, then other numbers of latents.
+HALF = {"autoencoder.steps": 1_200, "diffusion.steps": 1_000}
+# What each run changes in `base`: the recipe part by part, then the number of latents, in half the
+# steps.
 RUNS = {
     "ce": NOTHING,
     "alignment": {**NOTHING, "autoencoder.alignment_weight": 1.0},
     "activation": {"autoencoder.latent_dropout": 0.0},
     "full": {},
-    "full_n2": {"autoencoder.num_latents": 2},
-    "full_n4": {"autoencoder.num_latents": 4},
-    "full_n16": {"autoencoder.num_latents": 16},
+    "latents_4": {**HALF, "autoencoder.num_latents": 4},
+    "latents_8": HALF,
+    "latents_16": {**HALF, "autoencoder.num_latents": 16},
 }
 
 

@@ -25,6 +25,11 @@ class Rows(Protocol):
     def __getitem__(self, i: int, /) -> Row: ...
 
 
+def first_texts(rows: Rows, count: int) -> list[str]:
+    """The texts of the first `count` rows, or of all if there are fewer."""
+    return [rows[i].text for i in range(min(count, len(rows)))]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Three splits of rows that all have a source (`conditional`) or all have none.

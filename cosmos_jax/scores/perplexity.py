@@ -118,7 +118,10 @@ def trimmed_mean(nlls: TokenNlls, *, trim: float = TRIM, block_size: int | None 
         blocks = np.split(ppl_T[: count * block_size], count)
         values = [_trimmed(block, trim) for block in blocks]
         return Score(
-            float(np.mean(values)), {**flags, "block": block_size}, float(np.std(values)), "blocks"
+            float(np.mean(values)),
+            {**flags, "block": block_size},
+            float(np.std(values, ddof=1)),
+            "blocks",
         )
     spread = score.jackknife(lambda chosen: _trimmed(ppl_T[chosen], trim), len(ppl_T))
     return Score(_trimmed(ppl_T, trim), flags, spread, score.JACKKNIFE)

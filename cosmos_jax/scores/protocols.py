@@ -3,6 +3,9 @@
 A protocol is a tuple of functions, each from the texts to scores by name. Its name is plain only
 where every setting it rests on is the one it is known for: with a smaller scorer in its place
 "cosmos" becomes "cosmos(perplexity_model=distilgpt2)".
+
+Scores of sets of texts see them in one form and without empty ones; scores of pairs see them as
+they are: ROUGE and BLEU of an empty text are 0; BERTScore and J refuse a set that holds one.
 """
 
 import dataclasses
@@ -10,13 +13,15 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from cosmos_jax import classifier, language_model
+from cosmos_jax import config as config_lib
+from cosmos_jax.data.files import has_text
 from cosmos_jax.encoder import TextEncoder
 from cosmos_jax.encoder import load as load_encoder
 from cosmos_jax.errors import UserError
@@ -26,7 +31,9 @@ from cosmos_jax.scores.ngram_model import ngram_perplexity as score_ngram_perple
 from cosmos_jax.scores.score import JACKKNIFE, Score, jackknife
 
 Scores = dict[str, Score]
-GPT2_LARGE = "openai-community/gpt2-large"
+
+# Memorisation looks for generated n-grams in this many training texts, as the paper does.
+MEMORISATION_TEXTS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,11 +64,15 @@ class Texts:
     @functools.cached_property
     def kept(self) -> list[str]:
         """The generated texts that say something, in their common form."""
-        return self.normalise([text for text in self.generated if text.strip()])
+        return self._in_form(self.generated)
 
     @functools.cached_property
     def real(self) -> list[str]:
-        return self.normalise(self.references)
+        return self._in_form(self.references)
+
+    def _in_form(self, texts: list[str]) -> list[str]:
+        found = self.normalise([text for text in texts if has_text(text)])
+        return [text for text in found if text]  # nothing may be left of unknown characters
 
     @functools.cached_property
     def block_size(self) -> int:
@@ -114,7 +125,7 @@ def _mauve(
         values = [pair[name].value for pair in found]
         spread, over = score.spread, score.spread_over
         if len(values) > 1:
-            spread, over = float(np.std(values)), "pairs of blocks"
+            spread, over = float(np.std(values, ddof=1)), "pairs of blocks"
         all_flags = {**flags, **score.flags, "block": texts.block_size, "form": texts.form}
         scores[prefix + name] = Score(float(np.mean(values)), all_flags, spread, over)
     return scores
@@ -134,9 +145,10 @@ def _of_blocks(texts: Texts, score: Callable[[list[str], ngrams.Split], float]) 
     values = [score(block, split) for block in texts.blocks(texts.kept)]
     if not values:
         raise UserError("needs texts on both sides")
-    spread: float | None = float(np.std(values))
     over = "blocks"
-    if len(values) == 1:
+    if len(values) > 1:
+        spread: float | None = float(np.std(values, ddof=1))
+    else:
         (block,) = texts.blocks(texts.kept)
         spread = jackknife(lambda some: score([block[i] for i in some], split), len(block))
         over = JACKKNIFE
@@ -149,9 +161,15 @@ def memorisation(texts: Texts) -> Scores:
     if texts.training is None:
         raise UserError("needs the training texts")
     split = ngrams.SPLITTERS[texts.settings.words]
-    score = ngrams.memorisation(texts.kept, texts.training(), split)
+    training = itertools.islice(texts.training(), MEMORISATION_TEXTS)
+    score = ngrams.memorisation(texts.kept, _in_parts(texts.normalise, training), split)
     flags = {**score.flags, "words": texts.settings.words, "form": texts.form}
     return {"memorisation": dataclasses.replace(score, flags=flags)}
+
+
+def _in_parts(normalise: Callable[[list[str]], list[str]], texts: Iterator[str]) -> Iterator[str]:
+    while part := list(itertools.islice(texts, 1_024)):
+        yield from normalise(part)
 
 
 def trimmed_perplexity(texts: Texts) -> Scores:
@@ -225,50 +243,62 @@ def j_score(texts: Texts) -> Scores:
     )
 
 
+# The settings that a score rests on, by which its protocol is named.
+RESTS_ON: dict[Callable[[Texts], Scores], tuple[str, ...]] = {
+    mauve: ("feature_model", "seeds"),
+    encoder_mauve: ("seeds",),
+    **dict.fromkeys((diversity, unigram_entropy, memorisation), ("words",)),
+    **dict.fromkeys(
+        (trimmed_perplexity, mean_perplexity, corpus_perplexity), ("perplexity_model",)
+    ),
+    rouge: ("stemming",),
+    bert_score: ("bertscore_model", "bertscore_layer"),
+    j_score: ("style_model", "style_label", "fluency_model", "fluency_label"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """Scores that belong together.
 
     Attributes:
       scores: functions from the texts to scores by name.
-      standard: the settings with which it has its plain name.
+      own: what it has in place of the defaults of `config.evaluate`, and what else it is known
+        for: the encoder by whose tokens texts are cut, the number of texts in a block.
       paired: whether each text needs its own reference.
     """
 
     scores: tuple[Callable[[Texts], Scores], ...]
-    standard: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     paired: bool = False
+
+    @property
+    def standard(self) -> dict[str, Any]:
+        """The settings with which it has its plain name."""
+        defaults = config_lib.base().evaluate
+        names = [name for score in self.scores for name in RESTS_ON.get(score, ())]
+        return {**{name: defaults[name] for name in names}, **self.own}
 
 
 PROTOCOLS = {
     # The paper's, for unconditional text.
     "cosmos": Protocol(
         (mauve, trimmed_perplexity, diversity, memorisation, unigram_entropy),
-        {
-            "feature_model": GPT2_LARGE,
-            "perplexity_model": GPT2_LARGE,
-            "words": "spacy",
-            "block_size": 1_000,
-        },
+        {"words": "spacy", "block_size": 1_000, "encoder": config_lib.BERT_BASE_CASED["name"]},
     ),
     # LD4LG's perplexity, and that of the papers on discrete diffusion with the entropy beside it.
-    "mean-ppl": Protocol((mean_perplexity,), {"perplexity_model": GPT2_LARGE}),
-    "corpus-ppl": Protocol((corpus_perplexity, unigram_entropy), {"perplexity_model": GPT2_LARGE}),
+    "mean-ppl": Protocol((mean_perplexity,)),
+    "corpus-ppl": Protocol((corpus_perplexity, unigram_entropy)),
     # Conditional text.
-    "rouge": Protocol((rouge,), {"stemming": True}, paired=True),
+    "rouge": Protocol((rouge,), paired=True),
     "bleu": Protocol((bleu,), paired=True),
-    "bertscore": Protocol(
-        (bert_score,),
-        {"bertscore_model": "FacebookAI/roberta-large", "bertscore_layer": 0},
-        paired=True,
-    ),
+    "bertscore": Protocol((bert_score,), paired=True),
     "detoxification": Protocol(
         (j_score, bleu),
         {
             "style_model": "s-nlp/roberta_toxicity_classifier",
-            "style_label": "neutral",
             "fluency_model": "textattack/roberta-base-CoLA",
-            "fluency_label": "1",
+            "encoder": config_lib.MINILM["name"],  # of the similarity
         },
         paired=True,
     ),
@@ -304,12 +334,16 @@ def parse(names: str) -> list[str]:
     return found
 
 
-def full_name(name: str, settings: ConfigDict) -> str:
+def full_name(name: str, texts: Texts) -> str:
     """The name of a protocol with every setting that is not its own."""
-    standard = PROTOCOLS[name].standard
+    settings = {
+        **texts.settings.to_dict(),
+        "block_size": texts.block_size,
+        "encoder": texts.encoder.name,
+    }
     changed = [
         f"{key}={'offline' if settings[key] == '' else settings[key]}"
-        for key, own in standard.items()
+        for key, own in PROTOCOLS[name].standard.items()
         if settings[key] != own
     ]
     return f"{name}({', '.join(changed)})" if changed else name
@@ -318,17 +352,17 @@ def full_name(name: str, settings: ConfigDict) -> str:
 def pieces(texts: Texts) -> dict[str, Callable[[], dict[str, Any]]]:
     """What there is to compute: by function, scores as they stand in `evaluation.json`.
 
-    A function that several of the protocols share is there once, under the name of the first.
+    A function that several of the protocols share is there once, under the names of all.
     """
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    names: dict[Callable[[Texts], Scores], list[str]] = {}
     for name in parse(texts.settings.protocols):
         for function in PROTOCOLS[name].scores:
-            wanted = name != "offline" or OPTIONAL.get(function, lambda _: True)(texts)
-            if wanted and function.__name__ not in found:
-                found[function.__name__] = functools.partial(
-                    _entries, function, texts, full_name(name, texts.settings)
-                )
-    return found
+            if name != "offline" or OPTIONAL.get(function, lambda _: True)(texts):
+                names.setdefault(function, []).append(full_name(name, texts))
+    return {
+        function.__name__: functools.partial(_entries, function, texts, " and ".join(those))
+        for function, those in names.items()
+    }
 
 
 def _entries(
@@ -362,13 +396,16 @@ def compute(
 def summary(texts: Texts) -> dict[str, Any]:
     """How many texts there are, how many of them say nothing, and their hashes."""
     return {
-        "generated": _summary(texts.generated),
-        "references": _summary(texts.references),
+        "generated": _summary(texts.generated, texts.kept),
+        "references": _summary(texts.references, texts.real),
         "paired": texts.paired,
     }
 
 
-def _summary(group: list[str]) -> dict[str, Any]:
+def _summary(group: list[str], kept: list[str]) -> dict[str, Any]:
     lines = "".join(f"{json.dumps(text)}\n" for text in group).encode()
-    empty = sum(not text.strip() for text in group)
-    return {"count": len(group), "empty": empty, "sha256": hashlib.sha256(lines).hexdigest()}
+    return {
+        "count": len(group),
+        "empty": len(group) - len(kept),
+        "sha256": hashlib.sha256(lines).hexdigest(),
+    }
