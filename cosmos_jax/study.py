@@ -144,9 +144,9 @@ def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
     """
     stage, measured = STUDIES[config.study]
     rows = []
-    for name, changes in config.runs.items():
+    for name in config.runs:
         run_config = ConfigDict(config.base.to_dict())
-        run_config.update_from_flattened_dict(changes)
+        run_config.update_from_flattened_dict(config.changes[name])
         config_lib.validate(run_config)
         logger.info("%s: run %s", config.study, name)
         runner.run_stages(run_config, directory / name, stage)

@@ -45,9 +45,9 @@ EXAMPLES = {
         "from": "the king leaves the garden",
         "to": "a bird hears the warm rain",
         "path": [
-            {"weight": 0.0, "text": "the king leaves the garden", "perplexity": 21.375},
+            {"weight": 0.0, "text": "the king leaves the garden"},
             {"weight": 0.5, "text": "the king hears the garden"},
-            {"weight": 1.0, "text": "a bird hears the warm rain", "perplexity": 1234.5},
+            {"weight": 1.0, "text": "a bird hears the warm rain"},
         ],
     },
 }
@@ -212,9 +212,9 @@ def test_every_section(workdir):
     assert "a real text" not in said(cards[2])  # there were two
 
     assert [said(point) for point in found["interpolation"].iter("li")] == [
-        "0.00 the king leaves the garden perplexity 21.38",
-        "0.50 the king hears the garden perplexity",
-        "1.00 a bird hears the warm rain perplexity 1,234",
+        "0.00 the king leaves the garden",
+        "0.50 the king hears the garden",
+        "1.00 a bird hears the warm rain",
     ]
 
     scores = [said(row) for row in found["scores"].iter("tr")]

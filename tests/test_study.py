@@ -18,7 +18,8 @@ CE = {"autoencoder.alignment_weight": 0.0, "autoencoder.latent_dropout": 0.0}
 
 def config(tiny, name, **fields):
     config = ConfigDict({"study": name, "base": tiny.config(), **fields})
-    config.runs = ConfigDict({"ce": CE, "full": {}}, convert_dict=False)
+    config.runs = ("full", "ce")
+    config.changes = ConfigDict({"ce": CE, "full": {}}, convert_dict=False)
     return config
 
 
@@ -39,6 +40,7 @@ def robustness(tiny, directory):
 
 
 def test_robustness_falls_with_the_noise(tiny, directory, robustness):
+    assert list(dict.fromkeys(row["run"] for row in robustness["rows"])) == ["full", "ce"]
     for run in ("ce", "full"):
         clean, some, lost = rows_of(robustness, run)
         assert [clean["noise"], some["noise"], lost["noise"]] == [0.0, 0.5, 20.0]
@@ -92,7 +94,7 @@ def test_configs_of_studies_are_valid(name):
         f"from configs.studies import {name} as module\n"
         "asked = module.get_config()\n"
         "assert asked.study in study.STUDIES and len(asked.runs) > 1\n"
-        "for changes in asked.runs.values():\n"
+        "for changes in asked.changes.values():\n"
         "    run = ConfigDict(asked.base.to_dict())\n"
         "    run.update_from_flattened_dict(changes)\n"
         "    config.validate(run)\n"

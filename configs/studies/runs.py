@@ -49,9 +49,10 @@ def base() -> ConfigDict:
 
 
 def study(name: str, *runs: str) -> ConfigDict:
-    """A study: a base config, and runs by name with the fields they change."""
+    """A study: a base config, the runs in order, and what each of them changes."""
     config = ConfigDict()
     config.study = name
     config.base = base()
-    config.runs = ConfigDict({run: RUNS[run] for run in runs}, convert_dict=False)
+    config.runs = runs
+    config.changes = ConfigDict({run: RUNS[run] for run in runs}, convert_dict=False)
     return config
