@@ -35,6 +35,7 @@ from cosmos_jax.errors import UserError
 from cosmos_jax.run import Run
 from cosmos_jax.scores import ngrams
 from cosmos_jax.scores.ngram_model import NgramModel
+from cosmos_jax.scores.table import number
 
 logger = logging.getLogger("cosmos_jax")
 
@@ -215,7 +216,7 @@ def table(result: dict[str, Any]) -> str:
     columns = list(dict.fromkeys(["run", x, *(n for n in panels if any(n in row for row in rows))]))
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        lines.append([_cell(row, name) for name in columns])
+        lines.append([str(row[n]) if n in ("run", x) else _cell(row, n) for n in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -223,7 +224,7 @@ def _cell(row: Row, name: str) -> str:
     value, spread = row.get(name, ""), row.get(f"{name}_spread")
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.3g}" + (f" ± {spread:.1g}" if spread else "")
+    return number(value) + (f" ± {number(spread)}" if spread else "")
 
 
 def main(argv: list[str]) -> None:

@@ -79,7 +79,7 @@ def test_generation_is_compared_by_its_evaluation(tiny, directory, robustness):
         evaluation = json.loads((directory / row["run"] / "evaluation.json").read_text())
         assert row["num_latents"] == 4
         assert row["token_accuracy"] == evaluation["held_out"]["autoencoder"]["token_accuracy"]
-        for name in ("ngram_perplexity", "latent_frechet"):
+        for name in ("ngram_perplexity", "diversity"):
             assert row[name] == evaluation["scores"][name]["value"]
             assert row[f"{name}_real"] == evaluation["scores"][name]["real"]
         assert "encoder_mauve" not in row  # of six texts there is none
