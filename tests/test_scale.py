@@ -136,7 +136,7 @@ def test_two_processes_give_the_same_results(tiny, tmp_path, reference):
     assert "process 1 of 2, 4 of 8 devices" in output
     assert_same_results(tmp_path / "run", reference)
     # Only the first one reports.
-    assert output.count("10 texts ") == 1
+    assert output.count("] 10 texts\n") == 1
 
 
 def test_a_run_goes_on_elsewhere(tiny, tmp_path, reference, monkeypatch):
