@@ -32,7 +32,9 @@ USES = {
 LONG = 120  # seconds, for what takes a moment on a machine that is not busy
 RECORD = """#!/usr/bin/env bash
 wait_for() { until [[ -e $1 ]]; do sleep 0.05; done; }
-printf '%s\\0' "${0##*/}" "$@" $'\\n' >>"$CALLS"
+# A call is one line, written at once: processes that start together do not mix theirs.
+call=$(set -- "${0##*/}" "$@" && IFS=$'\\x1f' && echo "$*")
+printf '%s\\n' "${call//$'\\n'/$'\\x1e'}" >>"$CALLS"
 """
 # A run that has begun, and that SIGTERM makes save and stop.
 WAIT = """
@@ -103,8 +105,8 @@ class Machine:
         """All calls but those that only ask git what is checked out."""
         if not self.calls_file.exists():
             return []
-        lines = self.calls_file.read_text().split("\0\n\0")[:-1]
-        calls = [line.split("\0") for line in lines]
+        lines = self.calls_file.read_text().split("\n")[:-1]
+        calls = [line.replace("\x1e", "\n").split("\x1f") for line in lines]
         return [call for call in calls if not {"rev-parse", "status"} & set(call)]
 
 
