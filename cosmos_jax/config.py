@@ -38,6 +38,9 @@ def base() -> ConfigDict:
     config.seed = 0
     # Type of the matrix products, "float32" or "bfloat16"; parameters stay fp32.
     config.dtype = "bfloat16"
+    # What learns to write: "cosmos", or a baseline trained on the same data, "autoregressive" or
+    # "masked". Token-level diffusion is "cosmos" without `autoencoder.compress`.
+    config.system = "cosmos"
 
     # The frozen text encoder: a directory, "minilm", or a Hugging Face id. The sizes are
     # known here so that `--stage=describe` needs no files; a loaded encoder must match them.
@@ -59,6 +62,8 @@ def base() -> ConfigDict:
     ae = config.autoencoder = ConfigDict()
     ae.steps = 100_000
     ae.batch_size = 512
+    # False: no compression, a latent is the state of a token and num_latents is data.max_length.
+    ae.compress = True
     ae.num_latents = 16
     ae.num_layers = 12
     ae.num_heads = 12
@@ -100,12 +105,27 @@ def base() -> ConfigDict:
     df.optimizer = _optimizer(final_learning_rate=2e-4, clip_norm=1.0)
     df.ema_decay = 0.9999
     df.statistics_texts = 10_000
-    df.sampler = "euler_sde"  # euler_sde | euler_ode | heun | ddim | ddpm
+    # euler_sde | euler_ode | heun | ddim | ddpm | dpmpp_2m | dpmpp_2m_sde
+    df.sampler = "euler_sde"
     df.num_sampling_steps = 200
     df.min_time = 0.05
+    df.time_grid = "time"  # what the steps are equal in: time | logsnr
+    df.rescale = "none"  # of estimates of x_0 while sampling: none | threshold | standardise
     df.answer = "mean"  # what a sampler returns: mean | x0
     df.guidance = 1.0  # weight w of x0_u + w (x0_c - x0_u); 1: no guidance
     _intervals(df)
+
+    ar = config.autoregressive = _baseline()
+    ar.dropout = 0.1
+    ar.decoding = "nucleus"  # nucleus | greedy | beam
+    ar.temperature = 1.0  # of nucleus sampling
+    ar.top_p = 0.95  # smallest share of the probability that nucleus sampling draws from
+    ar.num_beams = 4
+    ar.length_penalty = 1.0  # beams compete by log probability / length^length_penalty
+
+    md = config.masked = _baseline()
+    md.dropout = 0.1
+    md.num_sampling_steps = 128
 
     config.generate = ConfigDict()
     config.generate.num_texts = 1_000
@@ -139,6 +159,20 @@ def base() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     return config
+
+
+def _baseline() -> ConfigDict:
+    """What the baselines share: the size and training of the denoiser."""
+    stage = ConfigDict()
+    stage.steps = 200_000
+    stage.batch_size = 512
+    stage.num_layers = 12
+    stage.num_heads = 12
+    stage.optimizer = _optimizer(final_learning_rate=2e-4, clip_norm=1.0)
+    stage.ema_decay = 0.9999
+    stage.statistics_texts = 10_000
+    _intervals(stage)
+    return stage
 
 
 def _optimizer(*, final_learning_rate: float, clip_norm: float) -> ConfigDict:
@@ -175,34 +209,52 @@ def _intervals(stage: ConfigDict) -> None:
 
 # What `best_metric` may be.
 METRICS = {
+    "autoregressive": ("loss", "token_accuracy"),
+    "masked": ("loss",),
     "autoencoder": ("loss", "crossentropy", "alignment", "token_accuracy", "exact_match"),
     "diffusion": ("loss", "self_conditioned_loss"),
 }
 
+SAMPLERS = ("euler_sde", "euler_ode", "heun", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde")
+
+# The stages that train a system, in order.
+SYSTEMS = {
+    "cosmos": ("autoencoder", "diffusion"),
+    "autoregressive": ("autoregressive",),
+    "masked": ("masked",),
+}
+TRAINED = tuple(stage for stages in SYSTEMS.values() for stage in stages)
+
 # Fields that a run may change after it has begun: what it has trained stays usable.
 FREE = (
     "data.directory",
-    "autoencoder.steps",
-    "autoencoder.accumulate",
-    "autoencoder.remat",
-    "autoencoder.log_every",
-    "autoencoder.evaluate_every",
-    "autoencoder.checkpoint_every",
-    "autoencoder.keep_checkpoints",
-    "autoencoder.best_metric",
-    "diffusion.steps",
-    "diffusion.accumulate",
-    "diffusion.remat",
-    "diffusion.log_every",
-    "diffusion.evaluate_every",
-    "diffusion.checkpoint_every",
-    "diffusion.keep_checkpoints",
-    "diffusion.best_metric",
+    *(
+        f"{stage}.{field}"
+        for stage in TRAINED
+        for field in (
+            "steps",
+            "accumulate",
+            "remat",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "best_metric",
+        )
+    ),
     "diffusion.sampler",
     "diffusion.num_sampling_steps",
     "diffusion.min_time",
+    "diffusion.time_grid",
+    "diffusion.rescale",
     "diffusion.answer",
     "diffusion.guidance",
+    "autoregressive.decoding",
+    "autoregressive.temperature",
+    "autoregressive.top_p",
+    "autoregressive.num_beams",
+    "autoregressive.length_penalty",
+    "masked.num_sampling_steps",
     "generate.",
     "evaluate.",
     "mesh.",
@@ -244,9 +296,9 @@ def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
 def conflict(recorded: ConfigDict, asked: ConfigDict) -> str:
     """The first field that may not differ between a workdir's config and the one asked for.
 
-    Empty if there is none.
+    Empty if there is none. A field that the workdir's does not know yet has its default there.
     """
-    old, new = flatten(recorded), flatten(asked)
+    old, new = {**flatten(base()), **flatten(recorded)}, flatten(asked)
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field) and not field.startswith(FREE):
             return f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
@@ -266,13 +318,23 @@ def validate(config: ConfigDict) -> None:
         "data.max_source_length",
         "autoencoder.num_latents",
         "diffusion.num_sampling_steps",
-        *(f"{stage}.batch_size" for stage in ("autoencoder", "diffusion", "generate", "evaluate")),
-        *(f"{stage}.num_layers" for stage in ("autoencoder", "diffusion")),
-        *(f"{stage}.statistics_texts" for stage in ("autoencoder", "diffusion")),
-        *(f"{stage}.log_every" for stage in ("autoencoder", "diffusion")),
-        *(f"{stage}.evaluate_every" for stage in ("autoencoder", "diffusion")),
-        *(f"{stage}.checkpoint_every" for stage in ("autoencoder", "diffusion")),
-        *(f"{stage}.keep_checkpoints" for stage in ("autoencoder", "diffusion")),
+        "masked.num_sampling_steps",
+        "autoregressive.num_beams",
+        "generate.batch_size",
+        "evaluate.batch_size",
+        *(
+            f"{stage}.{name}"
+            for name in (
+                "batch_size",
+                "num_layers",
+                "statistics_texts",
+                "log_every",
+                "evaluate_every",
+                "checkpoint_every",
+                "keep_checkpoints",
+            )
+            for stage in TRAINED
+        ),
         "autoencoder.vocabulary_min_count",
         "generate.num_texts",
         "evaluate.num_texts",
@@ -280,7 +342,7 @@ def validate(config: ConfigDict) -> None:
         "evaluate.seeds",
     ):
         require(flatten(config)[field] >= 1, field, "at least 1")
-    for stage in ("autoencoder", "diffusion"):
+    for stage in TRAINED:
         batch_size, parts = config[stage].batch_size, config[stage].accumulate
         require(
             parts >= 1 and batch_size % parts == 0,
@@ -288,14 +350,14 @@ def validate(config: ConfigDict) -> None:
             f"a divisor of the batch size, {batch_size}",
         )
     for field in (
-        "autoencoder.steps",
-        "diffusion.steps",
+        *(f"{stage}.steps" for stage in TRAINED),
         "data.num_train_texts",
         "evaluate.bertscore_layer",
+        "autoregressive.length_penalty",
     ):
         require(flatten(config)[field] >= 0, field, "0 or more")
     for field in (
-        "autoencoder.dropout",
+        *(f"{stage}.dropout" for stage in ("autoencoder", "autoregressive", "masked")),
         "autoencoder.masked_share",
         "autoencoder.token_mask_rate",
         "autoencoder.noised_share",
@@ -308,13 +370,20 @@ def validate(config: ConfigDict) -> None:
     for field in ("data.max_length", "data.max_source_length"):
         limit = config.encoder.max_positions
         require(3 <= flatten(config)[field] <= limit, field, f"from 3 to {limit}, the encoder's")
-    for stage in ("autoencoder", "diffusion"):
+    for stage in TRAINED:
         width, heads = config.encoder.hidden_size, config[stage].num_heads
         require(
             heads >= 1 and width % heads == 0 and (width // heads) % 2 == 0,
             f"{stage}.num_heads",
             f"such that {width}, the encoder's width, divides into heads of even width",
         )
+    require(
+        config.autoencoder.compress or config.autoencoder.num_latents == config.data.max_length,
+        "autoencoder.num_latents",
+        f"{config.data.max_length}, data.max_length, as autoencoder.compress is False",
+    )
+    require(0 < config.autoregressive.top_p <= 1, "autoregressive.top_p", "above 0, at most 1")
+    require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")
     require(config.autoencoder.position_std > 0, "autoencoder.position_std", "positive")
     require(config.diffusion.num_layers % 2 == 0, "diffusion.num_layers", "even")
     require(config.diffusion.condition_layers >= 1, "diffusion.condition_layers", "at least 1")
@@ -322,14 +391,18 @@ def validate(config: ConfigDict) -> None:
     require(config.diffusion.schedule_d > 0, "diffusion.schedule_d", "positive")
     require(config.dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16")
     for field, choices in (
-        ("diffusion.sampler", ("euler_sde", "euler_ode", "heun", "ddim", "ddpm")),
+        ("system", tuple(SYSTEMS)),
+        ("diffusion.sampler", SAMPLERS),
+        ("diffusion.time_grid", ("time", "logsnr")),
+        ("diffusion.rescale", ("none", "threshold", "standardise")),
+        ("autoregressive.decoding", ("nucleus", "greedy", "beam")),
         ("diffusion.answer", ("mean", "x0")),
         ("autoencoder.vocabulary", ("encoder", "corpus")),
         ("autoencoder.head_init", ("random", "regression")),
         ("evaluate.words", ("regex", "spacy")),
     ):
         require(flatten(config)[field] in choices, field, "one of " + ", ".join(choices))
-    for stage in ("autoencoder", "diffusion"):
+    for stage in TRAINED:
         optimizer = config[stage].optimizer
         for name in ("learning_rate", "eps", "clip_norm"):
             require(optimizer[name] > 0, f"{stage}.optimizer.{name}", "positive")

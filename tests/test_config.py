@@ -10,7 +10,7 @@ from cosmos_jax import config as config_lib
 from cosmos_jax.errors import UserError
 
 FIELDS = config_lib.flatten(config_lib.base())
-STAGES = ("autoencoder", "diffusion")
+STAGES = ("autoencoder", "diffusion", "autoregressive", "masked")
 
 
 def changed(**fields):
@@ -192,8 +192,16 @@ MAY_CHANGE = {
     ),
     *(
         f"diffusion.{name}"
-        for name in ("sampler", "num_sampling_steps", "min_time", "answer", "guidance")
+        for name in (
+            *("sampler", "num_sampling_steps", "min_time", "time_grid", "rescale", "answer"),
+            "guidance",
+        )
     ),
+    *(
+        f"autoregressive.{name}"
+        for name in ("decoding", "temperature", "top_p", "num_beams", "length_penalty")
+    ),
+    "masked.num_sampling_steps",
     *(field for field in FIELDS if field.startswith(("generate.", "evaluate.", "mesh."))),
 }
 
@@ -214,6 +222,14 @@ def test_a_field_of_another_version_is_a_conflict():
     recorded.diffusion.forgotten = 3
     assert config_lib.conflict(recorded, config_lib.base()).startswith("diffusion.forgotten is 3")
     assert "diffusion.forgotten" in config_lib.conflict(config_lib.base(), recorded)
+
+
+def test_a_field_that_an_older_config_lacks_has_its_default():
+    recorded = config_lib.base()
+    with recorded.unlocked():
+        del recorded["system"]
+    assert config_lib.conflict(recorded, config_lib.base()) == ""
+    assert config_lib.conflict(recorded, with_field("system", "masked")).startswith("system is")
 
 
 def test_a_config_does_not_conflict_with_its_file():

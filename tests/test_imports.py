@@ -20,7 +20,8 @@ LAYERS = """
     data.builders
     models.layers models.torch_files diffusion.schedule diffusion.time_sampling
     models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface
-    models.weights models.cosmos diffusion.loss encoder language_model
+    models.states models.weights
+    models.cosmos diffusion.loss encoder language_model
     scores.embeddings scores.perplexity
     scores.bertscore classifier
     scores.detoxification

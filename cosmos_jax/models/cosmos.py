@@ -15,20 +15,16 @@ Shape letters: B batch, L text positions, S source positions, N latents, D width
 """
 
 import dataclasses
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from cosmos_jax.models.autoencoder import AutoencoderConfig, Compressor, Decompressor
-from cosmos_jax.models.bert import Bert, BertConfig
+from cosmos_jax.models.bert import Bert
 from cosmos_jax.models.denoiser import ConditionEncoder, Denoiser, DenoiserConfig
-from cosmos_jax.sharding import split_batch
-
-Weights = dict[str, Any]
+from cosmos_jax.models.states import Weights, apply, make_bert, text_states
 
 # Variances of states and latents are at least this, so that a dead feature is not blown up.
 MIN_VARIANCE = 1e-4
@@ -50,8 +46,7 @@ class Cosmos:
 
     def text_states(self, weights: Weights, ids_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
         """Standardised states of the frozen encoder, [B, L, D] fp32."""
-        states = _apply(self.bert, weights["bert"], ids_BxL, mask_BxL)
-        return (states - weights["states_mean"]) / weights["states_std"]
+        return text_states(self.bert, weights, ids_BxL, mask_BxL)
 
     def compress(
         self,
@@ -62,13 +57,13 @@ class Cosmos:
     ) -> jax.Array:
         """Latents, [B, N, D] fp32, as the decompressor reads them; dropout only with keys."""
         params = weights["compressor"]
-        return _apply(self.compressor, params, states_BxLxD, mask_BxL, dropout_keys_B)
+        return apply(self.compressor, params, states_BxLxD, mask_BxL, dropout_keys_B)
 
     def decompress(
         self, weights: Weights, latents_BxNxD: jax.Array, dropout_keys_B: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Predicted standardised states [B, L, D] and logits over head rows [B, L, V]."""
-        return _apply(
+        return apply(
             self.decompressor,
             weights["decompressor"],
             latents_BxNxD,
@@ -93,32 +88,17 @@ class Cosmos:
     ) -> jax.Array:
         """What the denoiser attends to, [B, S, D] fp32."""
         params = weights["condition_encoder"]
-        return _apply(self.condition_encoder, params, source_states_BxSxD, source_mask_BxS)
+        return apply(self.condition_encoder, params, source_states_BxSxD, source_mask_BxS)
 
     def denoise(self, weights: Weights, *inputs: jax.Array | None) -> jax.Array:
         """`Denoiser.__call__`."""
-        return _apply(self.denoiser, weights["denoiser"], *inputs)
-
-
-def _apply(module: nn.Module, params: Any, *inputs: jax.Array | None) -> Any:
-    """What the module answers, split over the devices as the batch is.
-
-    Within the modules the compiler needs no help: what goes in and out decides.
-    """
-    return jax.tree.map(split_batch, module.apply({"params": params}, *inputs))
+        return apply(self.denoiser, weights["denoiser"], *inputs)
 
 
 def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
     """The modules for a configuration; `vocabulary_size` is the number of rows of the head."""
     dtype = jnp.dtype(config.dtype)
     encoder = config.encoder
-    bert = BertConfig(
-        **{
-            field.name: encoder[field.name]
-            for field in dataclasses.fields(BertConfig)
-            if field.name in encoder
-        }
-    )
     autoencoder = AutoencoderConfig(
         width=encoder.hidden_size,
         num_heads=config.autoencoder.num_heads,
@@ -139,7 +119,7 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         remat=config.diffusion.remat,
     )
     return Cosmos(
-        Bert(bert, dtype),
+        make_bert(config),
         Compressor(autoencoder, dtype),
         Decompressor(autoencoder, dtype),
         Denoiser(denoiser, dtype),
