@@ -225,6 +225,21 @@ SYSTEMS = {
 }
 TRAINED = tuple(stage for stages in SYSTEMS.values() for stage in stages)
 
+# How the last stage of a system is used to generate.
+SAMPLING = {
+    "diffusion": (
+        "sampler",
+        "num_sampling_steps",
+        "min_time",
+        "time_grid",
+        "rescale",
+        "answer",
+        "guidance",
+    ),
+    "autoregressive": ("decoding", "temperature", "top_p", "num_beams", "length_penalty"),
+    "masked": ("num_sampling_steps",),
+}
+
 # Fields that a run may change after it has begun: what it has trained stays usable.
 FREE = (
     "data.directory",
@@ -242,23 +257,16 @@ FREE = (
             "best_metric",
         )
     ),
-    "diffusion.sampler",
-    "diffusion.num_sampling_steps",
-    "diffusion.min_time",
-    "diffusion.time_grid",
-    "diffusion.rescale",
-    "diffusion.answer",
-    "diffusion.guidance",
-    "autoregressive.decoding",
-    "autoregressive.temperature",
-    "autoregressive.top_p",
-    "autoregressive.num_beams",
-    "autoregressive.length_penalty",
-    "masked.num_sampling_steps",
+    *(f"{stage}.{field}" for stage, fields in SAMPLING.items() for field in fields),
     "generate.",
     "evaluate.",
     "mesh.",
 )
+
+
+def stages(config: ConfigDict) -> tuple[str, ...]:
+    """What a run goes through, in order."""
+    return (*SYSTEMS[config.system], "generate", "evaluate")
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -313,6 +321,7 @@ def validate(config: ConfigDict) -> None:
             value = flatten(config).get(field)
             raise UserError(f"config.{field} is {value!r}; it must be {need}")
 
+    require(config.system in SYSTEMS, "system", "one of " + ", ".join(SYSTEMS))
     for field in (
         "data.max_length",
         "data.max_source_length",
@@ -370,7 +379,7 @@ def validate(config: ConfigDict) -> None:
     for field in ("data.max_length", "data.max_source_length"):
         limit = config.encoder.max_positions
         require(3 <= flatten(config)[field] <= limit, field, f"from 3 to {limit}, the encoder's")
-    for stage in TRAINED:
+    for stage in SYSTEMS[config.system]:
         width, heads = config.encoder.hidden_size, config[stage].num_heads
         require(
             heads >= 1 and width % heads == 0 and (width // heads) % 2 == 0,
@@ -379,8 +388,8 @@ def validate(config: ConfigDict) -> None:
         )
     require(
         config.autoencoder.compress or config.autoencoder.num_latents == config.data.max_length,
-        "autoencoder.num_latents",
-        f"{config.data.max_length}, data.max_length, as autoencoder.compress is False",
+        "autoencoder.compress",
+        f"True unless autoencoder.num_latents is data.max_length, {config.data.max_length}",
     )
     require(0 < config.autoregressive.top_p <= 1, "autoregressive.top_p", "above 0, at most 1")
     require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")
@@ -391,7 +400,6 @@ def validate(config: ConfigDict) -> None:
     require(config.diffusion.schedule_d > 0, "diffusion.schedule_d", "positive")
     require(config.dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16")
     for field, choices in (
-        ("system", tuple(SYSTEMS)),
         ("diffusion.sampler", SAMPLERS),
         ("diffusion.time_grid", ("time", "logsnr")),
         ("diffusion.rescale", ("none", "threshold", "standardise")),

@@ -1,5 +1,6 @@
 """`--stage=describe`: sizes and costs of a config from shapes alone; nothing is allocated."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -9,10 +10,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cosmos_jax import optimizer, sharding
+from cosmos_jax.baselines import BASELINES
 from cosmos_jax.models import cosmos
 from cosmos_jax.stages import autoencoder, diffusion
 from cosmos_jax.stages.base import Stage
 from cosmos_jax.train import init_state
+
+# Arrays of the size of the vocabulary.
+_VOCABULARY = ("vocabulary", "head_index")
 
 
 def describe(config: ConfigDict) -> dict[str, Any]:
@@ -22,29 +27,77 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     two forward passes. Bytes are those of weights and training state, not of activations.
     With `autoencoder.vocabulary` "corpus" the head is smaller than is said here.
     """
-    model = cosmos.build(config, config.encoder.vocab_size)
-    shapes = _shapes(config, model)
+    found = _baseline(config) if config.system in BASELINES else _cosmos(config)
     num_devices = math.prod(config.mesh[axis] for axis in sharding.AXES)
     if num_devices < 1:  # one axis is -1: what is left of the devices here
         num_devices = jax.device_count()
     mesh = sharding.abstract_mesh(config.mesh, num_devices)
-    stages = {
-        "autoencoder": autoencoder.make(config, model, {}, {}, ""),
-        "diffusion": diffusion.make(config, model, {}, {}, "", 0),
-    }
-    flops = _flops(config, model, shapes)
     return {
-        "parameters": {
-            "text_encoder_frozen": _count(shapes["bert"]),
-            **_trained(shapes),
-        },
-        "flops": flops,
+        "parameters": found.parameters,
+        "flops": found.flops,
         "mesh": dict(mesh.shape),
         "bytes_per_device": {
-            "text_encoder_frozen": sharding.bytes_per_device(shapes["bert"], mesh),
-            **{name: _state_bytes(stage, mesh) for name, stage in stages.items()},
+            "text_encoder_frozen": sharding.bytes_per_device(found.bert, mesh),
+            **{stage.name: _state_bytes(stage, mesh) for stage in found.stages},
         },
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    parameters: dict[str, int]
+    flops: dict[str, float]
+    bert: Any
+    stages: list[Stage]
+
+
+def _cosmos(config: ConfigDict) -> _Sizes:
+    model = cosmos.build(config, config.encoder.vocab_size)
+    shapes = _shapes(config, model)
+    parameters = {"text_encoder_frozen": _count(shapes["bert"]), **_trained(shapes)}
+    stages = [
+        autoencoder.make(config, model, {}, {}, ""),
+        diffusion.make(config, model, {}, {}, "", 0),
+    ]
+    return _Sizes(parameters, _flops(config, model, shapes), shapes["bert"], stages)
+
+
+def _baseline(config: ConfigDict) -> _Sizes:
+    """FLOPs from the loss itself; a text is one pass, with masked diffusion many."""
+    name, x = config.system, _inputs(config)
+    settings, vocabulary_size = config[name], config.encoder.vocab_size
+    model = BASELINES[name].build(config, vocabulary_size)
+    stage = BASELINES[name].stage(config, model, {}, {}, "")
+    frozen: dict[str, Any] = {
+        **{key: jax.ShapeDtypeStruct((vocabulary_size,), jnp.int32) for key in _VOCABULARY},
+        **{key: jax.ShapeDtypeStruct((), jnp.int32) for key in ("start", "end")},
+    }
+    batch = {key: x[key] for key in ("ids", "mask")} | {
+        "rows": jax.ShapeDtypeStruct((1,), jnp.int32)
+    }
+    parameters, bert = {}, {}
+    if config.data.conditional:
+        bert = jax.eval_shape(model.bert.init, jax.random.key(0), x["ids"], x["mask"])["params"]
+        parameters["text_encoder_frozen"] = _count(bert)
+        frozen |= {"bert": bert, "states_mean": x["mask_embedding"]}
+        frozen |= {"states_std": x["mask_embedding"]}
+        batch |= {key: x[key] for key in ("source_ids", "source_mask")}
+    params = jax.eval_shape(stage.init, jax.random.key(0), frozen)
+    parameters |= {part: _count(tree) for part, tree in params.items()}
+    encode = _count_flops(stage.features, frozen, batch)
+    features = jax.eval_shape(stage.features, frozen, batch)
+
+    def loss(params, frozen, batch, key):
+        return stage.losses(params, frozen, batch, key)["loss"][0]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    forward = _count_flops(loss, params, frozen, features, key)
+    passes = min(settings.num_sampling_steps, config.data.max_length) if name == "masked" else 1
+    flops = {
+        f"{name}_training_step": settings.batch_size * (encode + 3 * forward),
+        "generated_text": encode + passes * forward,
+    }
+    return _Sizes(parameters, flops, bert, [stage])
 
 
 def _trained(shapes: dict[str, Any]) -> dict[str, int]:
@@ -97,7 +150,7 @@ def _inputs(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 def _calls(config: ConfigDict, model: cosmos.Cosmos) -> dict[str, tuple[Any, list[Any]]]:
     """Name of each forward pass -> module and shapes of its inputs."""
     x = _inputs(config)
-    calls = {
+    calls: dict[str, tuple[Any, list[Any]]] = {
         "bert": (model.bert, [x["ids"], x["mask"]]),
         "compressor": (model.compressor, [x["states"], x["mask"]]),
         "decompressor": (model.decompressor, [x["latents"], x["mask_embedding"]]),
@@ -116,14 +169,14 @@ def _calls(config: ConfigDict, model: cosmos.Cosmos) -> dict[str, tuple[Any, lis
 def _shapes(config: ConfigDict, model: cosmos.Cosmos) -> dict[str, Any]:
     """Parameters of every module as shapes."""
     return {
-        name: jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+        name: jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
         for name, (module, inputs) in _calls(config, model).items()
     }
 
 
 def _count_flops(function: Any, *shapes: Any) -> float:
     analysis: Any = jax.jit(function).lower(*shapes).cost_analysis()
-    return analysis["flops"]
+    return analysis.get("flops", 0.0)  # none where nothing is computed
 
 
 def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> dict[str, float]:

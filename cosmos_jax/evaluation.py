@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 PARAMETERS = {
     "autoencoder": ("compressor", "decompressor"),
     "diffusion": ("denoiser", "condition_encoder"),
+    "autoregressive": ("decoder",),
+    "masked": ("masked_denoiser",),
 }
 
 
@@ -85,7 +87,7 @@ def evaluate(run: Run) -> None:
             compute = functools.partial(protocols.compute, state, name, piece)
             state = distributed.on_first(functools.partial(sharding.on_one_device, compute))
             save()
-    if "latent_frechet" not in state["done"]:
+    if run.config.system == "cosmos" and "latent_frechet" not in state["done"]:
         piece = functools.partial(latent_frechet, run, finished, texts)
         state = protocols.compute(state, "latent_frechet", piece)
         save()

@@ -16,22 +16,28 @@ NUM_STEPS = 7  # of a path from one text to another
 
 
 def write(run: Run) -> None:
-    """Reconstructions, a path through the latent space, and real texts; once for each step."""
-    directory = pipeline.autoencoder_directory(run)
-    identity = {"data": run.dataset.fingerprint, "autoencoder_step": trained.newest_step(directory)}
+    """Real texts and, of an autoencoder, reconstructions and a path through the latent space.
+
+    Once for each step of the autoencoder.
+    """
+    identity: dict[str, Any] = {"data": run.dataset.fingerprint}
+    if run.config.system == "cosmos":
+        identity["autoencoder_step"] = trained.newest_step(pipeline.autoencoder_directory(run))
     path = run.workdir / "examples.json"
     recorded = distributed.on_first(lambda: workdir.read_json(path))
     if recorded is not None and recorded["identity"] == identity:
         return
-    model, weights = pipeline.trained_autoencoder(run)
     texts = first_texts(run.dataset.test, NUM_REAL)
-    found = {
+    found: dict[str, Any] = {
         "identity": identity,
         "real": tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length),
-        "reconstructions": reconstructions(run, model, weights, texts[:NUM_RECONSTRUCTIONS]),
     }
-    if len(texts) > 1:
-        found["interpolation"] = path_between(run, model, weights, texts[0], texts[1])
+    if run.config.system == "cosmos":
+        model, weights = pipeline.trained_autoencoder(run)
+        some = texts[:NUM_RECONSTRUCTIONS]
+        found["reconstructions"] = reconstructions(run, model, weights, some)
+        if len(texts) > 1:
+            found["interpolation"] = path_between(run, model, weights, texts[0], texts[1])
     distributed.on_first(lambda: workdir.write_json(path, found))
 
 

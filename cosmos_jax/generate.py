@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import distributed, metrics, pipeline, provenance, sharding, workdir
+from cosmos_jax.baselines import MAKE_GENERATOR
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
-from cosmos_jax.sampling import make_generator
 from cosmos_jax.stages.base import row_keys
 
 logger = logging.getLogger(__name__)
@@ -31,20 +32,16 @@ def generate(run: Run) -> None:
     if model.conditional and num_texts > len(run.dataset.test):
         num_texts = len(run.dataset.test)
         logger.info("generate: one text for each of the %d test sources", num_texts)
-    identity = {
-        **finished.identity,
-        **{
-            name: run.config.diffusion[name]
-            for name in ("sampler", "num_sampling_steps", "min_time", "answer", "guidance")
-        },
-    }
+    last = config_lib.SYSTEMS[run.config.system][-1]
+    how = {name: run.config[last][name] for name in config_lib.SAMPLING[last]}
+    identity = {**finished.identity, **how}
     batch_size = run.even_batch_size(min(settings.batch_size, num_texts))
     done = distributed.on_first(lambda: _resume(run.workdir, identity, num_texts, batch_size))
     if done >= num_texts:
         logger.info("generate: finished, %d texts", num_texts)
         return
 
-    generator = make_generator(run.config, model)
+    generator = MAKE_GENERATOR[run.config.system](run.config, model)
 
     @jax.jit
     def compiled(weights, key, batch):

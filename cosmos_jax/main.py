@@ -1,4 +1,4 @@
-"""Runs the stages of Cosmos on one config; every stage goes on where it stopped.
+"""Runs the stages of one config; every stage goes on where it stopped.
 
 python -m cosmos_jax.main --config=configs/summarize.py --workdir=runs/xsum
 """
@@ -15,7 +15,7 @@ from cosmos_jax import commands, distributed
 from cosmos_jax import config as config_lib
 from cosmos_jax.errors import UserError
 
-STAGES = ("all", "autoencoder", "diffusion", "generate", "evaluate", "describe")
+STAGES = ("all", *config_lib.TRAINED, "generate", "evaluate", "describe")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(

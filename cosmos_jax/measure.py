@@ -32,7 +32,7 @@ def vocabulary(run: Run) -> np.ndarray:
     """Token ids that the decompressor's head can say, ascending, [V] int32.
 
     All of the encoder's, or with "corpus" those that the training texts have at least
-    `vocabulary_min_count` times; [UNK] always.
+    `vocabulary_min_count` times; [CLS], [SEP] and [UNK] always.
     """
     settings = run.config.autoencoder
     if settings.vocabulary == "encoder":
@@ -54,7 +54,8 @@ def vocabulary(run: Run) -> np.ndarray:
                 raise distributed.Preempted("autoencoder: nothing to save yet")
     counts = distributed.add_up(counts)
     used = counts >= settings.vocabulary_min_count
-    used[run.encoder.tokenizer.unk_token_id] = True
+    tokenizer = run.encoder.tokenizer
+    used[[tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id]] = True
     logger.info(
         "the head can say %d of the encoder's tokens, %.1f%% of the training texts",
         used.sum(),
@@ -63,8 +64,11 @@ def vocabulary(run: Run) -> np.ndarray:
     return np.flatnonzero(used).astype(np.int32)
 
 
-def states(run: Run, model: Cosmos, weights: Weights) -> Statistics:
-    """Mean and deviation of the encoder's states over non-pad tokens: states_* [D]."""
+def states(run: Run, model: Any, weights: Weights, stage: str = "autoencoder") -> Statistics:
+    """Mean and deviation of the encoder's states over non-pad tokens: states_* [D].
+
+    Of `model` only `text_states` is asked, and of the config the settings of `stage`.
+    """
     identity = {"states_mean": np.float32(0), "states_std": np.float32(1)}
 
     def moments(weights, batch):
@@ -76,7 +80,7 @@ def states(run: Run, model: Cosmos, weights: Weights) -> Statistics:
             jnp.sum(weight_BxLx1),
         )
 
-    mean, std = _mean_and_std(_sums(run, "autoencoder", moments, weights))
+    mean, std = _mean_and_std(_sums(run, stage, moments, weights))
     return {"states_mean": mean, "states_std": std}
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import feature_cache, measure, sharding, trained
+from cosmos_jax.baselines import BASELINES
 from cosmos_jax.data.batches import Batch
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import cosmos
@@ -18,20 +20,19 @@ from cosmos_jax.train import train
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("autoencoder", "diffusion")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finished:
-    """Both stages, trained.
+    """All stages of a run's system, trained.
 
     Attributes:
+      model: `Cosmos`, or that of a baseline.
       stages: by name.
-      weights: all that `model` takes, the parameters of both stages included.
+      weights: all that `model` takes, the parameters of all stages included.
       identity: what these weights are: the data, and the step of each stage.
     """
 
-    model: Cosmos
+    model: Any
     stages: dict[str, Stage]
     weights: Weights
     identity: dict[str, Any]
@@ -95,8 +96,28 @@ def diffusion_stage(run: Run) -> Finished:
     return Finished(model, {"autoencoder": first, "diffusion": second}, weights, second.provenance)
 
 
+def baseline_stage(run: Run) -> tuple[Any, Stage]:
+    """The model of a baseline and its one stage."""
+    name = run.config.system
+    baseline, conditional = BASELINES[name], run.config.data.conditional
+    frozen = trained.special_tokens(run)
+    if conditional:
+        frozen |= trained.encoder_weights(run)
+    statistics = trained.statistics(run.workdir / name)
+    if statistics is None:
+        statistics = {"vocabulary": measure.vocabulary(run)}
+        if conditional:
+            model = baseline.build(run.config, len(statistics["vocabulary"]))
+            statistics |= measure.states(run, model, frozen, name)
+    model = baseline.build(run.config, len(statistics["vocabulary"]))
+    frozen |= trained.place_statistics(run, statistics)
+    return model, baseline.stage(run.config, model, frozen, statistics, run.dataset.fingerprint)
+
+
 def finished(run: Run) -> Finished:
-    """Both stages with the weights of both, which must be finished."""
+    """All stages of the run's system with their weights; UserError if one is not finished."""
+    if run.config.system in BASELINES:
+        return _finished_baseline(run)
     directory = run.workdir / "diffusion"
     _require_finished(run, "autoencoder", autoencoder_directory(run))
     _require_finished(run, "diffusion", directory)
@@ -110,6 +131,16 @@ def finished(run: Run) -> Finished:
     )
 
 
+def _finished_baseline(run: Run) -> Finished:
+    name = run.config.system
+    directory = run.workdir / name
+    _require_finished(run, name, directory)
+    model, stage = baseline_stage(run)
+    step, params = _parameters(run, stage, directory)
+    identity = {**stage.provenance, f"{name}_step": step}
+    return Finished(model, {name: stage}, {**stage.frozen, **params}, identity)
+
+
 def train_stage(run: Run, name: str) -> None:
     """Trains a stage, or goes on, or finds that it is done."""
     if name == "autoencoder" and run.config.autoencoder.pretrained:
@@ -121,8 +152,10 @@ def train_stage(run: Run, name: str) -> None:
     )
     if name == "autoencoder":
         _, stage = autoencoder_stage(run)
-    else:
+    elif name == "diffusion":
         stage = diffusion_stage(run).stages[name]
+    else:
+        _, stage = baseline_stage(run)
     step = trained.newest_step(run.workdir / name)
     if step is not None and step >= settings.steps:
         # Only if that checkpoint can be read; otherwise its steps are trained again.
@@ -130,7 +163,7 @@ def train_stage(run: Run, name: str) -> None:
         if step >= settings.steps:
             if name == "diffusion":
                 _require_same_autoencoder(run, stage, step)
-                feature_cache.remove(run)
+            _free_cache(run, name)
             logger.info("%s: finished, %d steps", name, step)
             return
     tokens = run.training_batches(settings.batch_size, name)
@@ -143,7 +176,12 @@ def train_stage(run: Run, name: str) -> None:
     )
     train(stage, run, load=load, held_out=held_out)
     tokens.log_cuts(name)
-    if name == "diffusion":
+    _free_cache(run, name)
+
+
+def _free_cache(run: Run, name: str) -> None:
+    """Once the last stage is trained no one asks for features any more."""
+    if name == config_lib.SYSTEMS[run.config.system][-1]:
         feature_cache.remove(run)
 
 

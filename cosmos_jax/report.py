@@ -27,7 +27,6 @@ from cosmos_jax.workdir import read_json, write_text
 
 Entry = dict[str, Any]
 
-STAGES = ("autoencoder", "diffusion")
 # Macros of `templates/sections.html`.
 SECTIONS = (
     "status configuration loss reconstructions samples interpolation "
@@ -94,7 +93,7 @@ def _read(workdir: Path, notes: list[str]) -> Entry:
     samples = workdir / ("samples.jsonl" if generated else "samples.partial.jsonl")
     return {
         "config": config,
-        "checkpoints": {stage: _newest_checkpoint(workdir / stage) for stage in STAGES},
+        "checkpoints": {stage: _newest_checkpoint(workdir / stage) for stage in _stages(config)},
         "metrics": _lines(workdir / "metrics.jsonl", notes),
         "timing": _lines(workdir / "timing.jsonl", notes),
         "samples": _lines(samples, notes),
@@ -106,6 +105,11 @@ def _read(workdir: Path, notes: list[str]) -> Entry:
         or _object(workdir / "evaluation.partial.json", notes),
         "evaluated": (workdir / "evaluation.json").exists(),
     }
+
+
+def _stages(config: Entry) -> tuple[str, ...]:
+    """Those that train; a run from before there were other systems names none."""
+    return config_lib.SYSTEMS[config.get("system", "cosmos")]
 
 
 def _object(path: Path, notes: list[str]) -> Entry:
@@ -157,7 +161,7 @@ def _newest_checkpoint(directory: Path) -> int:
 def _progress(found: Entry) -> list[tuple[str, float, str]]:
     """Of each stage the name, the share that is done, and the same in words."""
     config, rows = found["config"], []
-    for stage in STAGES:
+    for stage in _stages(config):
         steps = [entry["step"] for entry in found["metrics"] if entry.get("stage") == stage]
         done, total = max([found["checkpoints"][stage], *steps]), config[f"{stage}.steps"]
         if source := config.get(f"{stage}.pretrained"):
@@ -181,15 +185,23 @@ def _share(done: int, total: int, unit: str, finished: bool) -> tuple[float, str
 
 
 def _differing(config: Entry) -> list[tuple[str, str, str]]:
-    """The fields that differ from the paper's recipe: name, value, value there."""
+    """The fields that differ from the paper's recipe: name, value, value there.
+
+    Without those of stages that the run does not have.
+    """
     base = config_lib.flatten(config_lib.base())
-    return [(n, str(v), str(base[n])) for n, v in config.items() if n in base and base[n] != v]
+    others = tuple(f"{s}." for s in config_lib.TRAINED if s not in _stages(config))
+    return [
+        (name, str(value), str(base[name]))
+        for name, value in config.items()
+        if name in base and base[name] != value and not name.startswith(others)
+    ]
 
 
 def _curves(found: Entry) -> list[Entry]:
     """Losses of each stage as a plot, and its first and last held-out figures."""
     curves = []
-    for stage in STAGES:
+    for stage in _stages(found["config"]):
         entries = [entry for entry in found["metrics"] if entry.get("stage") == stage]
         held_out = [entry for entry in entries if "validation_loss" in entry]
         points = {

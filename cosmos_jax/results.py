@@ -10,19 +10,25 @@ from cosmos_jax.scores import table as score_table
 
 NUM_EXAMPLES = 5
 
+# Stage, its metric on held-out texts, and how the table calls it.
+FIGURES = (
+    ("autoencoder", "token_accuracy", "tokens reconstructed, held-out"),
+    ("autoencoder", "exact_match", "texts reconstructed exactly, held-out"),
+    ("autoencoder", "loss", "autoencoder validation loss"),
+    ("diffusion", "loss", "diffusion validation loss"),
+    ("diffusion", "self_conditioned_loss", "  with self-conditioning"),
+    ("autoregressive", "loss", "validation loss, nats per token"),
+    ("autoregressive", "token_accuracy", "next tokens guessed, held-out"),
+    ("masked", "loss", "validation loss, bound in nats per token"),
+)
+
 
 def table(run: Run) -> str:
     """The figures of metrics.jsonl and evaluation.json, and the first samples."""
     evaluation = workdir.read_json(run.workdir / "evaluation.json")
     before, after = _validation(run.workdir, first=True), _validation(run.workdir, first=False)
     rows = [("", "before training", "after training")]
-    for stage, name, label in (
-        ("autoencoder", "token_accuracy", "tokens reconstructed, held-out"),
-        ("autoencoder", "exact_match", "texts reconstructed exactly, held-out"),
-        ("autoencoder", "loss", "autoencoder validation loss"),
-        ("diffusion", "loss", "diffusion validation loss"),
-        ("diffusion", "self_conditioned_loss", "  with self-conditioning"),
-    ):
+    for stage, name, label in FIGURES:
         key = f"validation_{name}"
         if stage in after:
             rows.append((label, f"{before[stage][key]:.4f}", f"{after[stage][key]:.4f}"))
@@ -36,14 +42,21 @@ def table(run: Run) -> str:
 
 def _summary(run: Run) -> str:
     config, count = run.config, len(run.dataset.train)
-    ae, df = config.autoencoder, config.diffusion
-    trained = f"from {ae.pretrained}" if ae.pretrained else f"trained for {ae.steps:,} steps"
-    return (
-        f"{count:,} texts of {config.data.source}, cut to {config.data.max_length} tokens: an "
-        f"autoencoder to {ae.num_latents} latents, {trained},\nand a denoiser trained for "
-        f"{df.steps:,} steps, sampled in {df.num_sampling_steps} ({df.sampler}). Everything is in\n"
-        f"{run.workdir}"
-    )
+    ae, df, ar, md = config.autoencoder, config.diffusion, config.autoregressive, config.masked
+    texts = f"{count:,} texts of {config.data.source}, cut to {config.data.max_length} tokens"
+    if config.system == "autoregressive":
+        made = f"an autoregressive model\ntrained for {ar.steps:,} steps, decoding by {ar.decoding}"
+    elif config.system == "masked":
+        made = (
+            f"masked diffusion\ntrained for {md.steps:,} steps, sampled in {md.num_sampling_steps}"
+        )
+    else:
+        trained = f"from {ae.pretrained}" if ae.pretrained else f"trained for {ae.steps:,} steps"
+        made = (
+            f"an autoencoder to {ae.num_latents} latents, {trained},\nand a denoiser trained for "
+            f"{df.steps:,} steps, sampled in {df.num_sampling_steps} ({df.sampler})"
+        )
+    return f"{texts}: {made}. Everything is in\n{run.workdir}"
 
 
 def _validation(directory: Path, *, first: bool) -> dict[str, dict[str, Any]]:

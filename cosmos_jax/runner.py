@@ -21,11 +21,10 @@ from cosmos_jax import (
     timing,
 )
 from cosmos_jax.data import sources
+from cosmos_jax.errors import UserError
 from cosmos_jax.run import Run
 from cosmos_jax.scores import protocols
 from cosmos_jax.workdir import claim, locked
-
-STAGES = (*pipeline.STAGES, "generate", "evaluate")
 
 
 def open_run(config: ConfigDict, workdir: Path) -> Run:
@@ -41,7 +40,7 @@ def open_run(config: ConfigDict, workdir: Path) -> Run:
 
 
 def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
-    """Trains, generates and evaluates; `stage` is one of STAGES, or "all".
+    """Trains, generates and evaluates; `stage` is one of `config_lib.stages`, or "all".
 
     Raises:
       UserError: something the user can mend.
@@ -49,8 +48,14 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
     """
     protocols.parse(config.evaluate.protocols)  # not only when there is something to score
 
+    stages = config_lib.stages(config)
+    wanted = stages if stage == "all" else (stage,)
+    if not set(wanted) <= set(stages):
+        raise UserError(
+            f"--stage={stage}: the stages of config.system {config.system!r} are "
+            f"{', '.join(stages)}"
+        )
     run = distributed.in_turn(lambda: open_run(config, workdir))
-    wanted = STAGES if stage == "all" else (stage,)
     with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):
         distributed.on_first(lambda: stack.enter_context(locked(workdir)))
         distributed.on_first(lambda: claim(workdir, run.config))
@@ -59,7 +64,7 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
                 if distributed.is_first():
                     around.callback(metrics.write_report, workdir)
                     around.enter_context(timing.recorded(workdir, name))
-                if name in pipeline.STAGES:
+                if name in config_lib.TRAINED:
                     pipeline.train_stage(run, name)
                     examples.write(run)
                 elif name == "generate":

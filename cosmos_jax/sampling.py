@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cosmos_jax.diffusion import samplers
+from cosmos_jax.diffusion import process, samplers
 from cosmos_jax.diffusion.schedule import TanSchedule
 from cosmos_jax.models.cosmos import Cosmos, Weights
+from cosmos_jax.models.denoiser import KeysValues
 from cosmos_jax.sharding import split_batch
 
 Source = tuple[jax.Array, jax.Array]
 """Token ids [B, S] and mask [B, S] of the sources."""
+
+Condition = tuple[tuple[KeysValues, ...], jax.Array]
+"""Keys and values of each block of the denoiser, and the mask of their positions."""
 
 
 def make_generator(
@@ -24,20 +28,25 @@ def make_generator(
     """
     settings = config.diffusion
     schedule = TanSchedule(settings.schedule_d)
-    times = samplers.uniform_times(settings.num_sampling_steps, settings.min_time)
+    times = samplers.TIME_GRIDS[settings.time_grid](
+        schedule, settings.num_sampling_steps, settings.min_time
+    )
+    rescale = process.RESCALE[settings.rescale]
     shape = (config.autoencoder.num_latents, config.encoder.hidden_size)
 
     def generate(weights: Weights, keys_B: jax.Array, source: Source | None) -> jax.Array:
-        condition: tuple[jax.Array, ...] = ()
+        weights = model.for_sampling(weights)
+        condition: Condition | tuple[()] = ()
         if source is not None:
             condition = _condition(model, weights, source, settings.guidance != 1)
+        denoise = _denoise(model, weights, condition, settings.guidance)
 
         def noise(step: jax.Array) -> jax.Array:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             return split_batch(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
         x_0 = samplers.sample(
-            _denoise(model, weights, condition, settings.guidance),
+            lambda *inputs: rescale(denoise(*inputs)),
             schedule,
             settings.sampler,
             noise(jnp.int32(len(times))),  # no step has this number
@@ -50,21 +59,23 @@ def make_generator(
     return generate
 
 
-def _condition(
-    model: Cosmos, weights: Weights, source: Source, guided: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Condition and mask of the sources, and with guidance of as many empty ones after them."""
+def _condition(model: Cosmos, weights: Weights, source: Source, guided: bool) -> Condition:
+    """What the denoiser reads of the sources, and with guidance of as many empty ones after them.
+
+    Computed once for a text, not in each step.
+    """
     ids_BxS, mask_BxS = source
     states_BxSxD = model.text_states(weights, ids_BxS, mask_BxS)
-    condition = model.encode_condition(weights, states_BxSxD, mask_BxS)
+    read = model.read_condition(weights, model.encode_condition(weights, states_BxSxD, mask_BxS))
     if guided:
-        empty = model.encode_condition(
-            weights, weights["no_source_states"][None], weights["no_source_mask"][None]
-        )
-        condition = jnp.concatenate([condition, jnp.broadcast_to(empty, condition.shape)])
-        empty_mask = jnp.broadcast_to(weights["no_source_mask"], mask_BxS.shape)
-        mask_BxS = jnp.concatenate([mask_BxS, empty_mask])
-    return condition, mask_BxS
+        states, mask = weights["no_source_states"][None], weights["no_source_mask"][None]
+        empty = model.read_condition(weights, model.encode_condition(weights, states, mask))
+
+        def both(with_source: jax.Array, without: jax.Array) -> jax.Array:
+            return jnp.concatenate([with_source, jnp.broadcast_to(without, with_source.shape)])
+
+        read, mask_BxS = jax.tree.map(both, (read, mask_BxS), (empty, mask))
+    return read, mask_BxS
 
 
 def _denoise(model: Cosmos, weights: Weights, condition: tuple, guidance: float) -> Callable:

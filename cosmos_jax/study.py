@@ -6,6 +6,7 @@ Every run trains in a folder of its own in --workdir and goes on where it stoppe
 compare the same run share it. The results are NAME.json and NAME.svg beside these folders.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from cosmos_jax import (
     workdir,
 )
 from cosmos_jax import config as config_lib
+from cosmos_jax import steps as steps_lib
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
 from cosmos_jax.errors import UserError
@@ -36,10 +38,9 @@ from cosmos_jax.run import Run
 from cosmos_jax.scores import ngrams
 from cosmos_jax.scores.ngram_model import NgramModel
 from cosmos_jax.scores.table import number
+from cosmos_jax.steps import PARTS, Row
 
 logger = logging.getLogger("cosmos_jax")
-
-Row = dict[str, Any]
 
 # Scores of generated texts that studies compare, where an evaluation has them.
 SCORES = ("encoder_mauve", "ngram_perplexity", "diversity", "memorisation")
@@ -125,14 +126,57 @@ def generation(config: ConfigDict, run: Run) -> list[Row]:
     return [row]
 
 
-PARTS = {"": "value", "_spread": "spread", "_real": "real"}
+def steps(config: ConfigDict, run: Run) -> list[Row]:
+    """Scores and seconds of a text with every sampler and number of steps."""
+    return steps_lib.measure(run, config.samplers, config.steps)
 
-# What a study needs of its runs, and what it measures in each.
-STUDIES: dict[str, tuple[str, Callable[[ConfigDict, Run], list[Row]]]] = {
-    "robustness": ("autoencoder", robustness),
-    "smoothness": ("autoencoder", smoothness),
-    "compression": ("all", generation),
-    "recipe": ("all", generation),
+
+def check_steps(config: ConfigDict, run_config: ConfigDict) -> None:
+    """UserError, before anything is trained, if there is no such sampler or number of steps."""
+    steps_lib.configs(run_config, config.samplers, config.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a study needs of its runs, measures in each, and shows.
+
+    Attributes:
+      stages: what each run goes through.
+      measure: (the study's config, run) -> rows.
+      x: what stands on the x axis.
+      panels: the values that get a panel each.
+      line: the rows that make one line; None: all of them.
+      log: whether the x axis is logarithmic.
+      check: refuses a config that cannot be measured with that of a run.
+    """
+
+    stages: tuple[str, ...]
+    measure: Callable[[ConfigDict, Run], list[Row]]
+    x: str
+    panels: tuple[str, ...]
+    line: str | None = "run"
+    log: bool = False
+    check: Callable[[ConfigDict, ConfigDict], None] = lambda config, run_config: None
+
+
+STUDIES = {
+    "robustness": Study(
+        ("autoencoder",), robustness, "noise", ("bleu", "token_accuracy", "text_accuracy")
+    ),
+    "smoothness": Study(("autoencoder",), smoothness, "weight", ("ngram_perplexity", "diversity")),
+    "compression": Study(
+        ("all",), generation, "num_latents", ("token_accuracy", *SCORES), line=None
+    ),
+    "recipe": Study(("all",), generation, "run", ("token_accuracy", *SCORES)),
+    "steps": Study(
+        ("autoencoder", "diffusion"),
+        steps,
+        "num_sampling_steps",
+        (*SCORES, "latent_frechet", "rougeL", "seconds_per_text"),
+        line="sampler",
+        log=True,
+        check=check_steps,
+    ),
 }
 
 
@@ -143,17 +187,21 @@ def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
       UserError: something the user can mend.
       distributed.Preempted: SIGTERM came; the same call goes on from there.
     """
-    stage, measured = STUDIES[config.study]
-    rows = []
+    asked = STUDIES[config.study]
+    configs = {}
     for name in config.runs:
-        run_config = ConfigDict(config.base.to_dict())
-        run_config.update_from_flattened_dict(config.changes[name])
-        config_lib.validate(run_config)
+        configs[name] = ConfigDict(config.base.to_dict())
+        configs[name].update_from_flattened_dict(config.changes[name])
+        config_lib.validate(configs[name])
+        asked.check(config, configs[name])
+    rows = []
+    for name, run_config in configs.items():
         logger.info("%s: run %s", config.study, name)
-        runner.run_stages(run_config, directory / name, stage)
+        for stage in asked.stages:
+            runner.run_stages(run_config, directory / name, stage)
         run = runner.open_run(run_config, directory / name)
         with jax.set_mesh(run.mesh):
-            rows += [{"run": name, **row} for row in measured(config, run)]
+            rows += [{"run": name, **row} for row in asked.measure(config, run)]
     result = {
         "study": config.study,
         "rows": rows,
@@ -168,25 +216,18 @@ def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
 
 # Tables and figures
 
-# Of each study: what stands on the x axis, and the values that get a panel each.
-PANELS = {
-    "robustness": ("noise", ("bleu", "token_accuracy", "text_accuracy")),
-    "smoothness": ("weight", ("ngram_perplexity", "diversity")),
-    "compression": ("num_latents", ("token_accuracy", *SCORES)),
-    "recipe": ("run", ("token_accuracy", *SCORES)),
-}
-
 
 def figure(result: dict[str, Any]) -> Figure:
     """A panel for each value, a line for each run, or a bar where a run has one value."""
-    x, panels = PANELS[result["study"]]
-    rows = [row for row in result["rows"] if x in row]
-    panels = tuple(name for name in panels if any(name in row for row in rows))
+    shown = STUDIES[result["study"]]
+    x, rows = shown.x, [row for row in result["rows"] if shown.x in row]
+    panels = _panels(result)
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(row[shown.line] if shown.line else "", []).append(row)
     picture = Figure(figsize=(3.4 * len(panels), 3.0), layout="constrained")
     axes = np.atleast_1d(picture.subplots(1, len(panels)))
     for axis, name in zip(axes, panels, strict=True):
-        runs = list(dict.fromkeys(row["run"] for row in rows))
-        lines = {None: rows} if x == "num_latents" else {r: _of(rows, r) for r in runs}
         for label, points in lines.items():
             points = sorted((row for row in points if name in row), key=lambda row: row[x])
             xs, ys = [row[x] for row in points], [row[name] for row in points]
@@ -200,23 +241,28 @@ def figure(result: dict[str, Any]) -> Figure:
             axis.axhline(next(value for value in real if value), color="gray", linestyle=":")
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel(x.replace("_", " "))
-    if x not in ("run", "num_latents"):
+        if shown.log:
+            axis.set_xscale("log")
+    if shown.line and shown.line != x:
         axes[0].legend(fontsize=8)
     return picture
 
 
-def _of(rows: list[Row], run: str) -> list[Row]:
-    return [row for row in rows if row["run"] == run]
+def _panels(result: dict[str, Any]) -> list[str]:
+    """The values that there are; a score may need more texts than there were."""
+    panels = STUDIES[result["study"]].panels
+    return [name for name in panels if any(name in row for row in result["rows"])]
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows in Markdown."""
-    x, panels = PANELS[result["study"]]
-    rows = [row for row in result["rows"] if x in row]
-    columns = list(dict.fromkeys(["run", x, *(n for n in panels if any(n in row for row in rows))]))
+    shown = STUDIES[result["study"]]
+    names = [name for name in ("run", shown.line, shown.x) if name]
+    columns = list(dict.fromkeys([*names, *_panels(result)]))
     lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        lines.append([str(row[n]) if n in ("run", x) else _cell(row, n) for n in columns])
+    for row in result["rows"]:
+        if shown.x in row:
+            lines.append([str(row[n]) if n in names else _cell(row, n) for n in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -32,6 +32,13 @@ def place_statistics(run: Run, statistics: dict[str, np.ndarray]) -> Weights:
     return sharding.put_tree(host, run.mesh)
 
 
+def special_tokens(run: Run) -> Weights:
+    """Ids of the tokens that a text starts and ends with: start and end, int32."""
+    tokenizer = run.encoder.tokenizer
+    host = {"start": np.int32(tokenizer.cls_token_id), "end": np.int32(tokenizer.sep_token_id)}
+    return sharding.put_tree(host, run.mesh)
+
+
 def statistics(directory: Path) -> dict[str, np.ndarray] | None:
     """What a stage measured before it began, or None if it has no checkpoint yet."""
     if not _exists(directory):

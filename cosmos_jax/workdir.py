@@ -69,7 +69,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
                 f"{workdir} belongs to another config: {conflict}; "
                 "give that value or choose another --workdir"
             )
-    elif any((workdir / name).exists() for name in ("autoencoder", "diffusion")):
+    elif any((workdir / name).exists() for name in config_lib.TRAINED):
         raise UserError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
     write_text(workdir / "config.json", config_lib.to_json(config))
 

@@ -8,6 +8,7 @@ import pytest
 import tiny as tiny_lib
 
 from cosmos_jax import distributed, evaluation, generate
+from cosmos_jax.baselines import MAKE_GENERATOR
 from cosmos_jax.runner import open_run, run_stages
 from cosmos_jax.scores import protocols
 
@@ -47,7 +48,7 @@ def test_texts_that_are_there_are_kept(tiny, workdir, kept, ending):
 
 def test_all_texts_were_there(tiny, workdir, monkeypatch):
     rewind(workdir, 6)
-    monkeypatch.delattr("cosmos_jax.generate.make_generator")
+    monkeypatch.delitem(MAKE_GENERATOR, "cosmos")
     run_stages(tiny.pairs_config(), workdir, "generate")
     assert [sample["text"] for sample in generated(workdir)] == ["old"] * 6
 
@@ -69,7 +70,7 @@ def test_texts_of_another_sampler_are_cleared_away(tiny, workdir, name):
 
 def test_fewer_texts_are_the_first_ones(tiny, workdir, monkeypatch):
     expected = tiny_lib.read_rows(workdir / "samples.jsonl")
-    monkeypatch.delattr("cosmos_jax.generate.make_generator")
+    monkeypatch.delitem(MAKE_GENERATOR, "cosmos")
     run_stages(tiny.pairs_config(generate__num_texts=3), workdir, "generate")
     assert generated(workdir) == expected[:3]
 

@@ -20,14 +20,16 @@ LAYERS = """
     data.builders
     models.layers models.torch_files diffusion.schedule diffusion.time_sampling
     models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface
-    models.states models.weights
-    models.cosmos diffusion.loss encoder language_model
+    models.states models.weights models.token_decoder
+    models.cosmos models.autoregressive models.masked diffusion.loss encoder language_model
     scores.embeddings scores.perplexity
     scores.bertscore classifier
     scores.detoxification
     scores.protocols
     diffusion.samplers stages.base run
-    sampling stages.autoencoder stages.diffusion trained train measure feature_cache latents
+    stages.autoencoder stages.diffusion stages.autoregressive stages.masked
+    sampling decoding unmasking trained train measure feature_cache latents
+    baselines
     describe convert parity pipeline
     generate examples
     evaluation evaluate results

@@ -14,6 +14,7 @@ import pytest
 import tiny as tiny_lib
 
 from cosmos_jax import config as config_lib
+from cosmos_jax.baselines import MAKE_GENERATOR
 from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
 from cosmos_jax.runner import run_stages
@@ -193,7 +194,7 @@ def test_a_finished_run_finds_its_work_done(complete, capsys, monkeypatch):
     assert len(before) > 20
     # Nothing is trained or sampled: the functions that would are not there.
     monkeypatch.delattr("cosmos_jax.train.make_step")
-    monkeypatch.delattr("cosmos_jax.generate.make_generator")
+    monkeypatch.delitem(MAKE_GENERATOR, "cosmos")
     monkeypatch.delattr("cosmos_jax.evaluation.held_out_sums")
     run_stages(config, workdir)
     assert state(workdir) == before

@@ -61,3 +61,35 @@ def test_training_time_of_a_text_does_not_depend_on_its_batch():
     np.testing.assert_array_equal(
         time_sampling.uniform(keys)[2:5], time_sampling.uniform(keys[2:5])
     )
+
+
+def of_scale(*scales):
+    """Texts of Gaussian numbers, [B, 16, 64], a deviation for each."""
+    numbers = np.random.default_rng(1).normal(size=(len(scales), 16, 64))
+    return (numbers * np.reshape(scales, (-1, 1, 1))).astype(np.float32)
+
+
+def test_threshold_is_imagens_with_the_scale_of_clean_latents():
+    x_0 = of_scale(0.5, 1.0, 2.0)
+    found = np.asarray(process.threshold(x_0), np.float64)
+    bound = scipy.stats.norm.ppf(1 - 0.005 / 2)  # 0.5% of |N(0, 1)| are beyond
+    for text, rescaled in zip(x_0.astype(np.float64), found, strict=True):
+        s = max(np.quantile(np.abs(text), 0.995), bound)
+        np.testing.assert_allclose(rescaled, np.clip(text, -s, s) * bound / s, rtol=1e-5)
+    np.testing.assert_array_equal(found[0], x_0[0])
+    assert np.abs(x_0[2]).max() > np.abs(found[2]).max() == pytest.approx(bound)
+
+
+def test_standardise_makes_large_estimates_as_large_as_clean_latents():
+    x_0 = of_scale(0.01, 0.9, 1.5, 30.0) + np.float32(0.1)
+    found = np.asarray(process.standardise(x_0), np.float64)
+    np.testing.assert_array_equal(found[:2], x_0[:2])
+    for text, rescaled in zip(x_0[2:].astype(np.float64), found[2:], strict=True):
+        np.testing.assert_allclose(rescaled, text / np.sqrt(np.mean(text**2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", process.RESCALE.values())
+def test_a_text_is_rescaled_by_itself(rescale):
+    x_0 = of_scale(0.5, 1.0, 2.0, 30.0)
+    apart = [rescale(text[None])[0] for text in x_0]
+    np.testing.assert_allclose(rescale(x_0), apart, rtol=1e-6)

@@ -1,10 +1,13 @@
 """Generation against denoiser calls made one by one."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import pipeline
 from cosmos_jax.data import tokens
 from cosmos_jax.models.cosmos import Cosmos
@@ -96,3 +99,69 @@ def test_the_answer_is_decoded(trained):
     _, logits = jax.jit(model.decompress)(weights, latents)
     np.testing.assert_array_equal(ids, np.asarray(logits).argmax(axis=-1))
     assert ids.shape == (3, 12)
+
+
+class Loud(Latents):
+    """Estimates three times too large, which depend on all that a denoiser is given but weights."""
+
+    def denoise(self, weights, x, t, self_condition, *condition):
+        return 3 * jnp.tanh(x + self_condition) + t[:, None, None]
+
+
+def loud(x, t, c):
+    return 3 * np.tanh(x + c) + t
+
+
+def prior(keys, steps):
+    return np.stack(
+        [jax.random.normal(jax.random.fold_in(key, steps + 1), SHAPE) for key in keys]
+    ).astype(np.float64)
+
+
+def restored(weights, x_0):
+    return x_0 * np.asarray(weights["latents_std"]) + np.asarray(weights["latents_mean"])
+
+
+def as_large_as_clean(x_0):
+    return x_0 / np.maximum(1, np.sqrt(np.mean(x_0**2, axis=(1, 2), keepdims=True)))
+
+
+@pytest.mark.parametrize("time_grid", ["time", "logsnr"])
+def test_the_next_estimate_is_given_the_rescaled_one(trained, time_grid):
+    """Against DDIM in double precision, step by step on either grid."""
+    generator, _, weights, source, keys = trained
+    settings = {"num_sampling_steps": 3, "min_time": 0.1, "sampler": "ddim", "guidance": 1.0}
+    times = np.linspace(1, 0.1, 4)
+    if time_grid == "logsnr":
+        signal_to_noise = np.geomspace(0.01, 1 / (5 * np.tan(np.pi * 0.1 / 2)), 4)[1:]
+        times = np.array([1, *(2 / np.pi * np.arctan(1 / (5 * signal_to_noise)))])
+    x, c = prior(keys, 3), 0.0
+    for t, s in itertools.pairwise(times):
+        c = as_large_as_clean(loud(x, t, c))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            (np.cos(angle), np.sin(angle))
+            for angle in (np.arctan(5 * np.tan(np.pi * time / 2)) for time in (t, s))
+        )
+        x = alpha_s * c + sigma_s * (x - alpha_t * c) / sigma_t
+    for answer, expected in (("mean", x), ("x0", c)):
+        fields = {"rescale": "standardise", "time_grid": time_grid, "answer": answer}
+        generate = generator(Loud, **settings, **fields)
+        np.testing.assert_allclose(
+            generate(weights, keys, source), restored(weights, expected), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("sampler", config_lib.SAMPLERS)
+def test_estimates_of_every_sampler_are_rescaled(trained, sampler):
+    generator, _, weights, source, keys = trained
+    fields = {"sampler": sampler, "num_sampling_steps": 4, "answer": "x0", "guidance": 2.0}
+
+    def sizes(rescale):
+        found = np.asarray(generator(Loud, rescale=rescale, **fields)(weights, keys, source))
+        x_0 = (found - np.asarray(weights["latents_mean"])) / np.asarray(weights["latents_std"])
+        return np.sqrt(np.mean(x_0**2, axis=(1, 2))), np.abs(x_0).max(axis=(1, 2))
+
+    assert (sizes("none")[0] > 2).all()
+    np.testing.assert_allclose(sizes("standardise")[0], 1, rtol=1e-3)
+    assert (sizes("none")[1] > 2.9).all()
+    np.testing.assert_allclose(sizes("threshold")[1], 2.807, rtol=1e-3)

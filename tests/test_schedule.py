@@ -51,6 +51,25 @@ def test_ends_are_clean_and_noise(d):
     assert schedule.sigma(1.0) == 1
 
 
+@pytest.mark.parametrize("d", WIDTHS)
+def test_half_log_snr_is_the_logarithm_of_alpha_over_sigma(d):
+    """Close to 1 and to 0 too, where in fp32 sigma or 1 - alpha is nothing but rounding."""
+    t = np.concatenate([np.linspace(0.01, 0.99, 99), [1e-5, 1e-3, 0.999, 1 - 2**-20]])
+    t = t.astype(np.float32).astype(np.float64)
+    expected = np.log(np.cos(np.pi * t / 2)) - np.log(d * np.sin(np.pi * t / 2))
+    schedule = TanSchedule(d)
+    found = schedule.half_log_snr(jnp.asarray(t))
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+    middle = t[:99]
+    alpha = alpha64(middle, d)
+    np.testing.assert_allclose(found[:99], np.log(alpha / np.sqrt(1 - alpha**2)), atol=1e-5)
+    np.testing.assert_allclose(schedule.time(found), t, rtol=2e-6)
+    assert schedule.half_log_snr(1.0) == -np.inf
+    assert schedule.half_log_snr(0.0) == np.inf
+    assert schedule.time(np.inf) == 0
+    assert schedule.time(-np.inf) == 1
+
+
 @given(
     t=st.floats(0.001, 0.999),
     later=st.floats(0.01, 0.5),

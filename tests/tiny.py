@@ -122,12 +122,17 @@ class Tiny:
                 "diffusion.num_sampling_steps": 3,
                 # Ends while there is noise left, so that texts of so short a training differ.
                 "diffusion.min_time": 0.6,
+                "autoregressive.steps": 30,
+                "autoregressive.num_layers": 2,
+                "masked.steps": 30,
+                "masked.num_layers": 2,
+                "masked.num_sampling_steps": 5,
                 "generate.num_texts": 6,
                 "generate.batch_size": 4,
                 "evaluate.batch_size": 8,
                 **{
                     f"{stage}.{name}": value
-                    for stage in ("autoencoder", "diffusion")
+                    for stage in config_lib.TRAINED
                     for name, value in (
                         ("batch_size", 8),
                         ("num_heads", 4),

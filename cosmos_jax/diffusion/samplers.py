@@ -11,10 +11,21 @@ self-condition c is the x_0 of the step before (zeros at first). With eps and sc
     (5) DDPM       mean = (r sigma_s^2 x + alpha_s w x_0) / sigma_t^2,
                    x_s = mean + sigma_s sqrt(w) / sigma_t z,
                    r = alpha_t / alpha_s,  w = sigma_t^2 - r^2 sigma_s^2
+    (6) DPM-Solver++(2M)      x_s = sigma_s / sigma_t x + alpha_s (1 - e^-k) D
+    (7) SDE-DPM-Solver++(2M)  mean = sigma_s / sigma_t e^-k x + alpha_s (1 - e^-2k) D,
+                              x_s = mean + sigma_s sqrt(1 - e^-2k) z
+    (8) D = x_0 + q (x_0 - c),  q = k / (2 k'),  k = lambda_s - lambda_t, k' that of the step before
+
+(6) and (7) are Lu et al. 2022 (arXiv 2211.01095): they solve the linear part of the equation
+exactly and take x_0 to be a line in lambda, through this estimate and the one before; with q = 0
+they are (4) and (5). q is 0 in the first step, which has no estimate before it, and in the
+second of a run from t = 1: lambda_1 is minus infinity, so k' is infinite and there is no slope
+to go on with. (The alpha_1 of about 1e-8 that fp32 has would make it whatever rounding says.)
 
 z ~ N(0, I). A run answers with the mean of its last step, without that step's noise.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -25,8 +36,8 @@ from cosmos_jax.diffusion.loss import Denoise
 from cosmos_jax.diffusion.schedule import Schedule
 
 Step = Callable[..., tuple[jax.Array, jax.Array | None, jax.Array]]
-"""(denoise, schedule, x, c, t, s) -> (mean, scale of z or None if x_s has no noise, x_0 to hand
-on)."""
+"""(denoise, schedule, x, c, t, s, q) -> (mean, scale of z or None if x_s has no noise, x_0 to hand
+on). q is of equation (8); steps that look at one estimate alone leave it."""
 
 
 def _at(t: jax.Array, x: jax.Array) -> jax.Array:
@@ -38,7 +49,7 @@ def _ode_drift(schedule: Schedule, x: jax.Array, t: jax.Array, x_0: jax.Array) -
     return -schedule.beta(t) / 2 * (x + process.score(schedule, x, t, x_0))
 
 
-def euler_sde(denoise, schedule, x, c, t, s):
+def euler_sde(denoise, schedule, x, c, t, s, _):
     """Equation (1)."""
     x_0 = denoise(x, _at(t, x), c)
     beta, h = schedule.beta(t), s - t
@@ -46,13 +57,13 @@ def euler_sde(denoise, schedule, x, c, t, s):
     return mean, jnp.sqrt(beta * jnp.abs(h)), x_0
 
 
-def euler_ode(denoise, schedule, x, c, t, s):
+def euler_ode(denoise, schedule, x, c, t, s, _):
     """Equation (2)."""
     x_0 = denoise(x, _at(t, x), c)
     return x + (s - t) * _ode_drift(schedule, x, t, x_0), None, x_0
 
 
-def heun(denoise, schedule, x, c, t, s):
+def heun(denoise, schedule, x, c, t, s, _):
     """Equation (3). Both evaluations are given c; the second one's x_0 is handed on."""
     x_0 = denoise(x, _at(t, x), c)
     drift = _ode_drift(schedule, x, t, x_0)
@@ -68,14 +79,14 @@ def heun(denoise, schedule, x, c, t, s):
     return mean, None, x_0
 
 
-def ddim(denoise, schedule, x, c, t, s):
+def ddim(denoise, schedule, x, c, t, s, _):
     """Equation (4)."""
     x_0 = denoise(x, _at(t, x), c)
     eps = process.noise_estimate(schedule, x, t, x_0)
     return process.add_noise(schedule, x_0, s, eps), None, x_0
 
 
-def ddpm(denoise, schedule, x, c, t, s):
+def ddpm(denoise, schedule, x, c, t, s, _):
     """Equation (5)."""
     x_0 = denoise(x, _at(t, x), c)
     sigma_t, sigma_s, alpha_s = schedule.sigma(t), schedule.sigma(s), schedule.alpha(s)
@@ -85,18 +96,67 @@ def ddpm(denoise, schedule, x, c, t, s):
     return mean, sigma_s * jnp.sqrt(weight) / sigma_t, x_0
 
 
+def dpmpp_2m(denoise, schedule, x, c, t, s, q):
+    """Equation (6)."""
+    x_0 = denoise(x, _at(t, x), c)
+    k = schedule.half_log_snr(s) - schedule.half_log_snr(t)
+    line = x_0 + q * (x_0 - c)
+    mean = schedule.sigma(s) / schedule.sigma(t) * x - schedule.alpha(s) * jnp.expm1(-k) * line
+    return mean, None, x_0
+
+
+def dpmpp_2m_sde(denoise, schedule, x, c, t, s, q):
+    """Equation (7)."""
+    x_0 = denoise(x, _at(t, x), c)
+    k = schedule.half_log_snr(s) - schedule.half_log_snr(t)
+    line = x_0 + q * (x_0 - c)
+    sigma_s, renewed = schedule.sigma(s), -jnp.expm1(-2 * k)
+    mean = sigma_s / schedule.sigma(t) * jnp.exp(-k) * x + schedule.alpha(s) * renewed * line
+    return mean, sigma_s * jnp.sqrt(renewed), x_0
+
+
 SAMPLERS: dict[str, Step] = {
     "euler_sde": euler_sde,
     "euler_ode": euler_ode,
     "heun": heun,
     "ddim": ddim,
     "ddpm": ddpm,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
 }
 
+# Where a grid that is even in lambda begins: alpha = 0.01. What x_t knows of x_0 there is at most
+# alpha^2 / 2 nats a feature, less than one over all features of the paper's latents.
+FIRST_HALF_LOG_SNR = math.log(0.01)
 
-def uniform_times(num_steps: int, min_time: float) -> jax.Array:
+
+def uniform_times(schedule: Schedule, num_steps: int, min_time: float) -> jax.Array:
     """`num_steps` + 1 times from 1 down to `min_time` at equal distances, fp32."""
+    del schedule
     return jnp.linspace(1.0, min_time, num_steps + 1)
+
+
+def log_snr_times(schedule: Schedule, num_steps: int, min_time: float) -> jax.Array:
+    """`num_steps` + 1 times from 1 down to `min_time` at equal distances in lambda, fp32.
+
+    lambda_1 is minus infinity, so distances are counted from FIRST_HALF_LOG_SNR, or from 1 below
+    the lambda of `min_time` if that is less. There x_t is as good as noise alone, and so the
+    first time is moved to 1, where it is.
+    """
+    last = schedule.half_log_snr(jnp.float32(min_time))
+    first = jnp.minimum(FIRST_HALF_LOG_SNR, last - 1)
+    times = schedule.time(jnp.linspace(first, last, num_steps + 1))
+    return times.at[0].set(1.0).at[-1].set(min_time)
+
+
+TIME_GRIDS = {"time": uniform_times, "logsnr": log_snr_times}
+
+
+def _line_weights(schedule: Schedule, times: jax.Array) -> jax.Array:
+    """q of equation (8) for each step; 0 too in one to t = 0, which ends in x_0 itself."""
+    k = jnp.diff(schedule.half_log_snr(times))
+    before = jnp.concatenate([jnp.full(1, jnp.inf), k[:-1]])
+    return jnp.where(jnp.isfinite(k), k / (2 * before), 0.0)
 
 
 def sample(
@@ -116,11 +176,11 @@ def sample(
     """
     if sampler not in SAMPLERS or answer not in ("mean", "x0"):
         raise ValueError(f"no sampler {sampler!r} with answer {answer!r}")
-    step = SAMPLERS[sampler]
+    step, weights = SAMPLERS[sampler], _line_weights(schedule, times)
 
     def body(carry, i):
         x, c, _ = carry
-        mean, scale, x_0 = step(denoise, schedule, x, c, times[i], times[i + 1])
+        mean, scale, x_0 = step(denoise, schedule, x, c, times[i], times[i + 1], weights[i])
         x = mean if scale is None else mean + scale * noise(i)
         return (x, x_0, mean), None
 

@@ -15,6 +15,7 @@ Shape letters: B batch, L text positions, S source positions, N latents, D width
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,16 @@ from ml_collections import ConfigDict
 
 from cosmos_jax.models.autoencoder import AutoencoderConfig, Compressor, Decompressor
 from cosmos_jax.models.bert import Bert
-from cosmos_jax.models.denoiser import ConditionEncoder, Denoiser, DenoiserConfig
+from cosmos_jax.models.denoiser import (
+    ConditionEncoder,
+    Denoiser,
+    DenoiserConfig,
+    KeysValues,
+    keys_and_values,
+)
 from cosmos_jax.models.states import Weights, apply, make_bert, text_states
+from cosmos_jax.models.token_decoder import IdentityCompressor, TokenDecoder
+from cosmos_jax.sharding import split_batch
 
 # Variances of states and latents are at least this, so that a dead feature is not blown up.
 MIN_VARIANCE = 1e-4
@@ -35,8 +44,8 @@ class Cosmos:
     """The modules of one configuration."""
 
     bert: Bert
-    compressor: Compressor
-    decompressor: Decompressor
+    compressor: Compressor | IdentityCompressor
+    decompressor: Decompressor | TokenDecoder
     denoiser: Denoiser
     condition_encoder: ConditionEncoder
 
@@ -56,7 +65,7 @@ class Cosmos:
         dropout_keys_B: jax.Array | None = None,
     ) -> jax.Array:
         """Latents, [B, N, D] fp32, as the decompressor reads them; dropout only with keys."""
-        params = weights["compressor"]
+        params = weights.get("compressor", {})  # without compression there are none
         return apply(self.compressor, params, states_BxLxD, mask_BxL, dropout_keys_B)
 
     def decompress(
@@ -90,7 +99,26 @@ class Cosmos:
         params = weights["condition_encoder"]
         return apply(self.condition_encoder, params, source_states_BxSxD, source_mask_BxS)
 
-    def denoise(self, weights: Weights, *inputs: jax.Array | None) -> jax.Array:
+    def read_condition(
+        self, weights: Weights, condition_BxSxD: jax.Array
+    ) -> tuple[KeysValues, ...]:
+        """The condition in the form that costs nothing more in each step; see there."""
+        read = keys_and_values(self.denoiser, weights["denoiser"], condition_BxSxD)
+        return jax.tree.map(split_batch, read)
+
+    def for_sampling(self, weights: Weights) -> Weights:
+        """The weights with the denoiser's in the type of its products, converted once.
+
+        The gains of norms are left alone, which multiply in fp32.
+        """
+
+        def convert(path: tuple, x: jax.Array) -> jax.Array:
+            return x if path[-1].key == "gain" else x.astype(self.denoiser.dtype)
+
+        denoiser = jax.tree_util.tree_map_with_path(convert, weights["denoiser"])
+        return {**weights, "denoiser": denoiser}
+
+    def denoise(self, weights: Weights, *inputs: Any) -> jax.Array:
         """`Denoiser.__call__`."""
         return apply(self.denoiser, weights["denoiser"], *inputs)
 
@@ -118,10 +146,11 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         max_source_length=config.data.max_source_length if config.data.conditional else 0,
         remat=config.diffusion.remat,
     )
+    compress = config.autoencoder.compress
     return Cosmos(
         make_bert(config),
-        Compressor(autoencoder, dtype),
-        Decompressor(autoencoder, dtype),
+        Compressor(autoencoder, dtype) if compress else IdentityCompressor(),
+        Decompressor(autoencoder, dtype) if compress else TokenDecoder(autoencoder, dtype),
         Denoiser(denoiser, dtype),
         ConditionEncoder(denoiser, dtype),
     )

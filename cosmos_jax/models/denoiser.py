@@ -9,6 +9,7 @@ Shape letters: B batch, N latents, S source positions, D width.
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,8 +50,15 @@ class DenoiserConfig:
         return self.condition_layers > 0
 
 
+KeysValues = tuple[jax.Array, jax.Array]
+"""Keys and values of one attention, [B, S, H, K] each."""
+
+
 class Attention(nn.Module):
-    """Multi-head attention without biases; `rotary` turns queries and keys by position."""
+    """Multi-head attention without biases; `rotary` turns queries and keys by position.
+
+    The context is [B, S, D], or its keys and values where they are made already.
+    """
 
     num_heads: int
     rotary: bool
@@ -58,15 +66,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, context_BxSxD: jax.Array, mask_BxS: jax.Array | None
+        self, x_BxTxD: jax.Array, context: jax.Array | KeysValues, mask_BxS: jax.Array | None
     ) -> jax.Array:
         width = x_BxTxD.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
             return split_heads(linear(width, width, dtype=self.dtype, name=name)(x), self.num_heads)
 
-        query, key = project(x_BxTxD, "query"), project(context_BxSxD, "key")
-        value = project(context_BxSxD, "value")
+        query = project(x_BxTxD, "query")
+        if isinstance(context, tuple):
+            key, value = context
+        else:
+            key, value = project(context, "key"), project(context, "value")
         if self.rotary:
             query, key = rotate(query), rotate(key)
         out = attend(query, key, value, mask_BxS)
@@ -87,7 +98,7 @@ class Block(nn.Module):
         self,
         x_BxTxD: jax.Array,
         mask_BxT: jax.Array | None = None,
-        condition_BxSxD: jax.Array | None = None,
+        condition: jax.Array | KeysValues | None = None,
         condition_mask_BxS: jax.Array | None = None,
     ) -> jax.Array:
         x = x_BxTxD
@@ -95,9 +106,9 @@ class Block(nn.Module):
         mlp_width = self.config.mlp_width or 4 * self.config.width
         normed = RMSNorm(name="norm_attention")(x)
         x = x + Attention(num_heads, True, self.dtype, name="attention")(normed, normed, mask_BxT)
-        if condition_BxSxD is not None:
+        if condition is not None:
             x = x + Attention(num_heads, False, self.dtype, name="cross_attention")(
-                x, condition_BxSxD, condition_mask_BxS
+                x, condition, condition_mask_BxS
             )
         return x + SwiGLU(mlp_width, self.dtype, name="mlp")(RMSNorm(name="norm_mlp")(x))
 
@@ -142,13 +153,14 @@ class Denoiser(nn.Module):
         x_t_BxNxD: jax.Array,
         t_B: jax.Array,
         self_condition_BxNxD: jax.Array,
-        condition_BxSxD: jax.Array | None = None,
+        condition: jax.Array | tuple[KeysValues, ...] | None = None,
         condition_mask_BxS: jax.Array | None = None,
     ) -> jax.Array:
         """Returns x_0 [B, N, D], fp32.
 
         `t_B` is the diffusion time in [0, 1]; `self_condition_BxNxD` is an earlier estimate of
-        x_0, or zeros; the condition is what `ConditionEncoder` returned.
+        x_0, or zeros; the condition is what `ConditionEncoder` returned, [B, S, D], or its
+        `keys_and_values`.
         """
         config, dtype = self.config, self.dtype
         width = config.width
@@ -160,8 +172,11 @@ class Denoiser(nn.Module):
         )
         x = x_t_BxNxD.astype(dtype)
         estimate = self_condition_BxNxD.astype(dtype)
-        if condition_BxSxD is not None:
-            condition_BxSxD = condition_BxSxD.astype(dtype)
+        of_block: tuple[Any, ...] = (None,) * config.num_layers
+        if isinstance(condition, tuple):
+            of_block = condition
+        elif condition is not None:
+            of_block = (condition.astype(dtype),) * config.num_layers
         skips = []
         block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
@@ -176,7 +191,24 @@ class Denoiser(nn.Module):
                 estimate
             )
             x = x + time[:, None] + guess
-            x = block(config, dtype, name=f"layers_{i}")(
-                x, None, condition_BxSxD, condition_mask_BxS
-            )
+            x = block(config, dtype, name=f"layers_{i}")(x, None, of_block[i], condition_mask_BxS)
         return RMSNorm(name="norm_out")(x.astype(jnp.float32))
+
+
+def keys_and_values(
+    denoiser: Denoiser, params: Any, condition_BxSxD: jax.Array
+) -> tuple[KeysValues, ...]:
+    """What each block's cross-attention reads of a condition: the same in every step.
+
+    Made once for a text they cost once what they would cost in each step, for a long source
+    several times the step itself.
+    """
+    condition_BxSxD = condition_BxSxD.astype(denoiser.dtype)
+
+    def project(block: int, name: str) -> jax.Array:
+        kernel = params[f"layers_{block}"]["cross_attention"][name]["kernel"]
+        projected = condition_BxSxD @ kernel.astype(denoiser.dtype)
+        return split_heads(projected, denoiser.config.num_heads)
+
+    blocks = range(denoiser.config.num_layers)
+    return tuple((project(i, "key"), project(i, "value")) for i in blocks)

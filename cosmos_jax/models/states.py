@@ -33,7 +33,7 @@ def text_states(bert: Bert, weights: Weights, ids_BxL: jax.Array, mask_BxL: jax.
     return (states - weights["states_mean"]) / weights["states_std"]
 
 
-def apply(module: nn.Module, params: Any, *inputs: jax.Array | None) -> Any:
+def apply(module: nn.Module, params: Any, *inputs: Any) -> Any:
     """What the module answers, split over the devices as the batch is.
 
     Within the modules the compiler needs no help: what goes in and out decides.

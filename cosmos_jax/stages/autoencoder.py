@@ -37,13 +37,15 @@ def make(
         states = jnp.zeros((1, length, width))
         latents = jnp.zeros((1, settings.num_latents, width))
         mask = jnp.ones((1, length), bool)
-        compressor = model.compressor.init(compressor_key, states, mask)["params"]
+        compressor = model.compressor.init(compressor_key, states, mask)
         decompressor = model.decompressor.init(decompressor_key, latents, jnp.zeros(width))[
             "params"
         ]
         if "head_kernel" in frozen:
             decompressor = {**decompressor, "head": {"kernel": frozen["head_kernel"]}}
-        return {"compressor": compressor, "decompressor": decompressor}
+        params = {"decompressor": decompressor}
+        # Without compression there is no compressor to train.
+        return {"compressor": compressor["params"], **params} if compressor else params
 
     def features(frozen: Frozen, tokens: Batch) -> Batch:
         if "states" in tokens:

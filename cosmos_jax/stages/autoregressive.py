@@ -1,0 +1,77 @@
+"""The stage of the autoregressive baseline: learn to say the next token.
+
+L = -log p(token | those before it, source),  a mean over the tokens after [CLS], with [SEP]
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from cosmos_jax.models.autoregressive import Autoregressive
+from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
+
+
+def make(
+    config: ConfigDict,
+    model: Autoregressive,
+    frozen: Frozen,
+    statistics: dict[str, np.ndarray],
+    data: str,
+) -> Stage:
+    """The stage; `frozen` holds vocabulary and head_index, and with a source bert and states_*."""
+
+    def init(key: jax.Array, frozen: Frozen) -> Params:
+        del frozen
+        inputs: tuple[jax.Array, ...] = (jnp.zeros((1, config.data.max_length - 1), jnp.int32),)
+        if model.conditional:
+            length = config.data.max_source_length
+            states = jnp.zeros((1, length, config.encoder.hidden_size))
+            inputs = (*inputs, states, jnp.ones((1, length), bool))
+        return {"decoder": model.decoder.init(key, *inputs)["params"]}
+
+    def features(frozen: Frozen, tokens: Batch) -> Batch:
+        if not model.conditional or "source_states" in tokens:
+            return tokens
+        states = model.text_states(frozen, tokens["source_ids"], tokens["source_mask"])
+        return {**tokens, "source_states": states}
+
+    def sums(
+        params: Params, frozen: Frozen, batch: Batch, dropout_keys_B: jax.Array | None
+    ) -> Sums:
+        rows_BxL = frozen["head_index"][batch["ids"]]
+        source: tuple[jax.Array | None, ...] = (None, None)
+        if model.conditional:
+            source = (batch["source_states"].astype(jnp.float32), batch["source_mask"])
+        logits = model.logits(params, rows_BxL[:, :-1], *source, dropout_keys_B)
+        crossentropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows_BxL[:, 1:])
+        # A token the head cannot say counts as wrong, though the loss has it as [UNK].
+        right = frozen["vocabulary"][jnp.argmax(logits, axis=-1)] == batch["ids"][:, 1:]
+        mask = batch["mask"][:, 1:]
+        if "real" in batch:
+            mask = mask & batch["real"][:, None]
+        num_tokens = jnp.sum(mask, dtype=jnp.float32)
+        return {
+            "loss": (jnp.sum(jnp.where(mask, crossentropy, 0.0)), num_tokens),
+            "token_accuracy": (jnp.sum(mask & right, dtype=jnp.float32), num_tokens),
+        }
+
+    def losses(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
+        return sums(params, frozen, batch, row_keys(key, batch["rows"]))
+
+    def validation(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
+        del key  # nothing is dropped
+        return sums(params, frozen, batch, None)
+
+    return Stage(
+        name="autoregressive",
+        settings=config.autoregressive,
+        init=init,
+        features=features,
+        losses=losses,
+        validation=validation,
+        frozen=frozen,
+        statistics=statistics,
+        provenance={"data": data},
+    )

@@ -1,0 +1,213 @@
+"""Quality and speed of one trained denoiser with every sampler and number of steps.
+
+Nothing of the run's own texts is touched. Each row is kept in `steps.json` in the run's folder as
+soon as it is known, so a study that was stopped goes on there, and one that asks for more finds
+what there is.
+"""
+
+import dataclasses
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cosmos_jax import config as config_lib
+from cosmos_jax import distributed, latents, pipeline, sharding, workdir
+from cosmos_jax.data import tokens
+from cosmos_jax.data.sources import first_texts
+from cosmos_jax.run import Run
+from cosmos_jax.sampling import make_generator
+from cosmos_jax.scores import frechet, protocols
+from cosmos_jax.scores.score import JACKKNIFE, jackknife
+from cosmos_jax.stages.base import row_keys
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+# Calls that are timed, at least: their median leaves out what else the machine did meanwhile.
+TIMED_CALLS = 3
+PARTS = {"": "value", "_spread": "spread", "_real": "real"}
+
+
+def configs(base: ConfigDict, samplers: str, steps: Sequence[int]) -> list[ConfigDict]:
+    """The config of each sampler, named with commas between, and number of steps.
+
+    UserError if there is no such sampler or number.
+    """
+    found = []
+    for sampler in samplers.split(","):
+        for num_steps in steps:
+            config = ConfigDict(base.to_dict())
+            config.diffusion.sampler = sampler.strip()
+            config.diffusion.num_sampling_steps = num_steps
+            config_lib.validate(config)
+            found.append(config)
+    return found
+
+
+def measure(run: Run, samplers: str, steps: Sequence[int]) -> list[Row]:
+    """A row for each: how it was sampled, the seconds a text took, and the scores by name.
+
+    Raises:
+      UserError: the run is not trained, or another process uses its folder.
+      distributed.Preempted: SIGTERM came; the rows that were finished are saved.
+    """
+    asked = configs(run.config, samplers, steps)
+    with workdir.locked(run.workdir):
+        finished = pipeline.finished(run)
+        scorer = Scorer(run, finished)
+        path = run.workdir / "steps.json"
+        identity = _identity(run, finished)
+        recorded = workdir.read_json(path)
+        if recorded is None or recorded["identity"] != identity:
+            recorded = {"identity": identity, "rows": []}
+        rows = []
+        for config in asked:
+            how = _how(config)
+            row = next((row for row in recorded["rows"] if how.items() <= row.items()), None)
+            if row is None:
+                logger.info("steps: %s in %d", how["sampler"], how["num_sampling_steps"])
+                texts, seconds = generate(run, finished, config)
+                row = {**how, "seconds_per_text": seconds, **scorer.score(texts)}
+                recorded["rows"].append(row)
+                workdir.write_json(path, recorded)
+                _stop_if_told()
+            rows.append(row)
+    return rows
+
+
+def _how(config: ConfigDict) -> Row:
+    return {name: config.diffusion[name] for name in config_lib.SAMPLING["diffusion"]}
+
+
+def _identity(run: Run, finished: pipeline.Finished) -> dict[str, Any]:
+    """What rows must have in common to be compared: the weights, the texts, the device."""
+    settings = run.config.evaluate
+    return {
+        **finished.identity,
+        **{name: run.config.generate[name] for name in ("num_texts", "batch_size")},
+        **{name: value for name, value in settings.items() if name != "batch_size"},
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _stop_if_told() -> None:
+    if distributed.preempted():
+        raise distributed.Preempted("steps: every finished row is saved")
+
+
+def generate(run: Run, finished: pipeline.Finished, config: ConfigDict) -> tuple[list[str], float]:
+    """The texts that the stage would write, and the median seconds a text takes, compiled."""
+    model, settings = finished.model, config.generate
+    num_texts = settings.num_texts
+    if model.conditional:
+        num_texts = min(num_texts, len(run.dataset.test))
+    batch_size = run.even_batch_size(min(settings.batch_size, num_texts))
+    sources = run.ordered_batches(run.dataset.test, settings.batch_size, num_texts)
+    local = sharding.local_rows(batch_size, run.mesh)
+    generator = make_generator(config, model)
+
+    @jax.jit
+    def compute(weights, key, batch):
+        source = (batch["source_ids"], batch["source_mask"]) if model.conditional else None
+        return generator(weights, row_keys(key, batch["rows"]), source)
+
+    def inputs(index: int) -> tuple[Any, ...]:
+        rows = {"rows": index * batch_size + local}
+        batch = sources(index) if model.conditional else rows
+        return finished.weights, run.key("generate"), sharding.put_batch(batch, run.mesh)
+
+    compiled = compute.lower(*inputs(0)).compile()
+    num_batches = -(-num_texts // batch_size)
+    ids, seconds = [], []
+    for call in range(max(num_batches, TIMED_CALLS)):
+        given = jax.block_until_ready(inputs(call % num_batches))
+        begun = time.perf_counter()
+        answer = jax.block_until_ready(compiled(*given))
+        seconds.append(time.perf_counter() - begun)
+        if call < num_batches:
+            ids.append(np.asarray(answer))
+        _stop_if_told()
+    texts = tokens.decode(run.encoder.tokenizer, np.concatenate(ids)[:num_texts])
+    return texts, statistics.median(seconds) / batch_size
+
+
+class Scorer:
+    """Scores of texts, as the stage `evaluate` gives them; real texts are gone through once."""
+
+    def __init__(self, run: Run, finished: pipeline.Finished) -> None:
+        self.run, self.finished = run, finished
+        self.known: dict[str, str] = {}
+
+    def score(self, generated: list[str]) -> Row:
+        """Value, spread and value of real texts of each score that can be had, by name."""
+        texts = self._texts(generated)
+        pieces = {
+            name: functools.partial(sharding.on_one_device, piece)
+            for name, piece in protocols.pieces(texts).items()
+        }
+        pieces["latent_frechet"] = functools.partial(self._latent_frechet, texts)
+        state: dict[str, Any] = {"scores": {}, "done": [], "problems": {}}
+        for name, piece in pieces.items():
+            state = protocols.compute(state, name, piece)
+            _stop_if_told()
+        for name, problem in state["problems"].items():
+            logger.warning("steps: no %s: %s", name, problem)
+        row: Row = {}
+        for name, score in state["scores"].items():
+            row |= {name + end: score[part] for end, part in PARTS.items() if part in score}
+        return row
+
+    def _texts(self, generated: list[str]) -> protocols.Texts:
+        run, paired = self.run, self.run.dataset.conditional
+        test, train = run.dataset.test, run.dataset.train
+        return protocols.Texts(
+            generated=generated,
+            references=first_texts(test, run.config.generate.num_texts),
+            sources=[test[i].source or "" for i in range(len(generated))] if paired else [],
+            paired=paired,
+            training=lambda: (row.text for row in map(train.__getitem__, range(len(train)))),
+            normalise=self._normalise,
+            form=f"{run.config.data.max_length} tokens of {run.encoder.name}",
+            encoder=run.encoder,
+            settings=run.config.evaluate,
+        )
+
+    def _normalise(self, texts: list[str]) -> list[str]:
+        """`tokens.round_trip` with a memory: training texts are compared with every time."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        length = self.run.config.data.max_length
+        found = tokens.round_trip(self.run.encoder.tokenizer, new, length)
+        self.known.update(zip(new, found, strict=True))
+        return [self.known[text] for text in texts]
+
+    def _latent_frechet(self, texts: protocols.Texts) -> dict[str, dict[str, Any]]:
+        """As in `evaluation`, with what it takes of real texts at hand."""
+        generated, (real, of_real) = self._features(texts.kept), self._real
+        score = frechet.frechet_distance(generated, real)
+        spread = jackknife(
+            lambda some: frechet.frechet_distance(generated[some], real).value, len(generated)
+        )
+        score = dataclasses.replace(score, spread=spread, spread_over=JACKKNIFE, real=of_real)
+        return {"latent_frechet": score.to_json()}
+
+    @functools.cached_property
+    def _real(self) -> tuple[np.ndarray, float]:
+        """Features of the real texts, and the distance from them of as many others."""
+        texts = self._texts([]).real
+        others = self._normalise(first_texts(self.run.dataset.valid, len(texts)))
+        real = self._features(texts)
+        return real, frechet.frechet_distance(self._features(others), real).value
+
+    def _features(self, texts: list[str]) -> np.ndarray:
+        """The mean over slots of each text's standardised latents."""
+        model, weights = self.finished.model, self.finished.weights
+        latents_nxNxD = latents.encode(self.run, model, weights, texts)
+        return np.asarray(model.standardise(weights, latents_nxNxD)).mean(axis=1)
