@@ -57,10 +57,21 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         jax.device_count(),
         jax.devices()[0].device_kind,
     )
+    _keep_compiled_programs()
     if not is_first():
         logging.getLogger(__package__).setLevel(logging.WARNING)
     # Processes connect at the first thing they do together, and do not wait long for each other.
     barrier("all processes have started")
+
+
+def _keep_compiled_programs() -> None:
+    """So that a run that goes on need not compile again; JAX_COMPILATION_CACHE_DIR is elsewhere."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        # Homes are shared, and a program for the CPU of one machine may not run on another's.
+        machine = socket.gethostname() if jax.default_backend() == "cpu" else "accelerators"
+        directory = os.path.join(root, "cosmos_jax", machine)
+        jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def _join(

@@ -23,6 +23,7 @@ from cosmos_jax import config as config_lib
 from cosmos_jax import optimizer, peaks, sharding, systems
 from cosmos_jax.data import sources
 from cosmos_jax.data.batches import Batch, TokenBatches, prefetch
+from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
 from cosmos_jax.stages.base import Params, Stage
 from cosmos_jax.systems import Eager, Model, Part
@@ -273,7 +274,9 @@ def training(config: ConfigDict, roof: Entry, mesh: Mesh) -> Iterator[Entry]:
         )
     for name in filter(None, config.training.stages.split(",")):
         system = {"cosmos": "default"}.get(system_of[name], system_of[name])
-        model = systems.random(systems.config_of(system, base), tokenizer, mesh)
+        of_system = systems.config_of(system, base)
+        of_system[name].batch_size = config.training.batch_size
+        model = systems.random(of_system, tokenizer, mesh)
         entry = {"stage": name, "batch_size": config.training.batch_size}
         try:
             yield entry | _training_entry(config, model, model.stages[name], load, roof, mesh)
@@ -301,10 +304,11 @@ def _training_entry(
         out_shardings=(sharding.layout(state, mesh), sharding.replicated(mesh)),
     )
     start = time.perf_counter()
-    lowered = step.lower(state, stage.frozen, same_batch, key)
-    compiled = lowered.compile()
+    compiled = step.lower(state, stage.frozen, same_batch, key).compile()
     compile_seconds = time.perf_counter() - start
-    flops = peaks.flops(lowered) - _not_every_step(model, stage, batch_size)
+    # Of the network: XLA's count of a whole step has the random bits of dropout among its FLOPs,
+    # and the first pass of self-conditioning as if every step made it.
+    flops = describe(model.config)["flops"][f"{stage.name}_training_step"]
 
     def advance(batch: dict[str, jax.Array]) -> None:
         nonlocal state
@@ -374,26 +378,6 @@ def _initial_state(
     state = TrainState(jnp.int32(0), params, ema, jax.jit(transform.init)(params))
     # Each leaf in memory of its own: the step takes it.
     return jax.device_put(jax.tree.map(jnp.copy, state), sharding.layout(state, mesh))
-
-
-def _not_every_step(model: Model, stage: Stage, batch_size: int) -> float:
-    """FLOPs that XLA counts in every step, though the first pass of self-conditioning is rarer."""
-    if stage.name != "diffusion":
-        return 0.0
-    config = model.config
-    x = jax.ShapeDtypeStruct(
-        (batch_size, config.autoencoder.num_latents, config.encoder.hidden_size), jnp.float32
-    )
-    t = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
-    condition: tuple[Any, ...] = ()
-    if model.model.conditional:
-        length = config.data.max_source_length
-        condition = (
-            jax.ShapeDtypeStruct((batch_size, length, config.encoder.hidden_size), jnp.float32),
-            jax.ShapeDtypeStruct((batch_size, length), jnp.bool_),
-        )
-    lowered = jax.jit(model.model.denoise).lower(model.weights, x, t, x, *condition)
-    return (1 - stage.settings.self_condition_rate) * peaks.flops(lowered)
 
 
 def _seconds(function: Callable[[], Any]) -> float:

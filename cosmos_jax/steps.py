@@ -89,11 +89,12 @@ def _how(config: ConfigDict) -> Row:
 
 def _identity(run: Run, finished: pipeline.Finished) -> dict[str, Any]:
     """What rows must have in common to be compared: the weights, the texts, the device."""
-    settings = run.config.evaluate
+    scores = dict(run.config.evaluate.items())
+    del scores["batch_size"], scores["num_texts"]  # of the losses on held-out texts
     return {
         **finished.identity,
+        **scores,
         **{name: run.config.generate[name] for name in ("num_texts", "batch_size")},
-        **{name: value for name, value in settings.items() if name != "batch_size"},
         "device": jax.devices()[0].device_kind,
     }
 

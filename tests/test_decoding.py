@@ -34,7 +34,13 @@ def make(conditional=False, length=13, vocabulary=50, dtype="float32", sharpness
     if conditional:
         inputs += (np.zeros((1, S, 24), np.float32), np.ones((1, S), bool))
     params = random_params(model.decoder, *inputs)["params"]
-    params["words"] = sharpness * params["words"]
+    # Or all texts say the same, and one word for ever.
+    shares = {"bias": 0.3, "words": 0.3, "positions": 0.5, "cross_out": 6.0}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * np.prod([shares.get(key.key, 1.0) for key in path]).astype("f4"),
+        params,
+    )
+    params["norm"]["scale"] *= 3 * sharpness
     weights = {
         "decoder": params,
         "vocabulary": jnp.arange(59, 59 - vocabulary, -1, dtype=jnp.int32),
@@ -101,25 +107,26 @@ def greedy_by_hand(logits, length, end, batch):
 
 
 # A cache of 79 positions grows in three parts.
-@pytest.mark.parametrize(("conditional", "length"), [(False, 80), (True, 13)])
-def test_greedy_is_the_loop_without_a_cache(conditional, length):
+@pytest.mark.parametrize(
+    ("conditional", "length", "end"), [(False, 80, 1), (False, 80, 25), (True, 13, 21)]
+)
+def test_greedy_is_the_loop_without_a_cache(conditional, length, end):
     config, model, weights = make(conditional, length, decoding="greedy", sharpness=4.0)
     source = source_of(conditional)
-    expected = greedy_by_hand(full_logits(model, weights, source), length, 1, B)
+    weights["end"] = jnp.int32(59 - end)
+    expected = greedy_by_hand(full_logits(model, weights, source), length, end, B)
     found, steps = decode(config, model, weights, source=source)
     np.testing.assert_array_equal(found, 59 - expected)
     assert found.dtype == np.int32
-    assert len(np.unique(found[0])) > 4
-    if conditional:
-        assert len(np.unique(found, axis=0)) == B
-    ends = [np.flatnonzero(row == 1)[:1] for row in expected]
-    assert steps == max(int(end[0]) if len(end) else length - 1 for end in ends)
+    assert len(np.unique(found[0])) > 2
+    assert len(np.unique(found, axis=0)) > 1 or not conditional
+    ends = [np.flatnonzero(row == end)[:1] for row in expected]
+    assert steps == max(int(at[0]) if len(at) else length - 1 for at in ends)
 
 
 def test_the_loop_stops_where_the_last_text_ends():
     """What a text would say is made its end: no more positions are gone through."""
     config, model, weights = make(True, 80, decoding="greedy", sharpness=4.0)
-    # Row 49 stands for tokens without one, so no end is reached but by chance.
     whole, steps = decode(config, model, {**weights, "end": jnp.int32(10)}, source=SOURCE)
     assert steps == 79
     alone = SOURCE[0][:1], SOURCE[1][:1]
@@ -143,11 +150,12 @@ def test_a_text_does_not_depend_on_the_batch_around_it(decoding):
     apart = generate(weights, keys[order], (SOURCE[0][order], SOURCE[1][order]))
     np.testing.assert_array_equal(apart, together[order])
     for i in range(B):
-        alone = generate(weights, keys[[i]], (SOURCE[0][[i]], SOURCE[1][[i]]))
+        one = slice(i, i + 1)
+        alone = generate(weights, keys[one], (SOURCE[0][one], SOURCE[1][one]))
         np.testing.assert_array_equal(alone[0], together[i])
-    assert len(np.unique(together, axis=0)) == B
+    assert len(np.unique(together, axis=0)) > 1
     if decoding == "nucleus":
-        other = generate(weights, keys[[1, 0, 2]], SOURCE)
+        other = generate(weights, keys[np.array([1, 0, 2])], SOURCE)
         assert (other != together).any(axis=1).tolist() == [True, True, False]
 
 
@@ -174,7 +182,7 @@ def test_draws_are_those_of_the_renormalised_nucleus(top_p):
     many = jnp.tile(jnp.array(logits, jnp.float32), (num_draws, 1))
     counts = np.bincount(jax.jit(draw_from_nucleus)(keys, many, top_p), minlength=37)
     inside = expected > 0
-    assert inside.sum() == {0.2: 2, 0.7: 11, 0.95: 25, 1.0: 37}[top_p]
+    assert inside.sum() == {0.2: 2, 0.7: 11, 0.95: 27, 1.0: 37}[top_p]
     assert not counts[~inside].any()
     means = num_draws * expected[inside]
     chi_square = ((counts[inside] - means) ** 2 / means).sum()
@@ -262,7 +270,7 @@ def test_beams_are_those_of_transformers(length_penalty, num_beams):
     compiled = jax.jit(make_decoder(config, model))
     key = jax.random.split(jax.random.key(0), 1)
     ended = 0
-    for start, end in itertools.product(range(0, 50, 10), (1, 7, 22)):
+    for start, end in itertools.product(range(0, 50, 10), (2, 18, 39, 43)):
         expected = theirs.generate(
             torch.tensor([[start]]),
             attention_mask=torch.ones((1, 1), dtype=int),
@@ -277,8 +285,8 @@ def test_beams_are_those_of_transformers(length_penalty, num_beams):
         found = 59 - np.asarray(compiled(given, key, None)[0])[0]
         np.testing.assert_array_equal(found[: len(expected)], expected)
         assert (found[len(expected) :] == end).all()
-        ended += end in expected[1:-1]
-    assert ended > 0
+        ended += len(expected) < 13
+    assert ended > 1
 
 
 @pytest.mark.parametrize("conditional", [False, True])

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 from cosmos_jax import distributed
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,21 @@ def test_once_told_to_stop_always_told(monkeypatch):
     monkeypatch.setattr(distributed.multihost_utils, "reached_preemption_sync_point", reached)
     assert [distributed.preempted() for _ in range(4)] == [False, True, True, True]
     assert asked[1] == asked[0] + 1
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_where(monkeypatch, tmp_path):
+    name = "jax_compilation_cache_dir"
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update(name, None)
+        distributed._keep_compiled_programs()
+        assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "cosmos_jax"
+        jax.config.update(name, str(tmp_path / "mine"))
+        distributed._keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    finally:
+        jax.config.update(name, before)
 
 
 TWO = """

@@ -7,4 +7,4 @@ from configs.studies import runs
 
 
 def get_config():
-    return runs.study("compression", "latents_4", "latents_8", "latents_16")
+    return runs.study("compression", "latents_4", "full", "latents_16")

@@ -13,17 +13,14 @@ NOTHING = {
     "autoencoder.noised_share": 0.0,
     "autoencoder.latent_dropout": 0.0,
 }
-HALF = {"autoencoder.steps": 1_200, "diffusion.steps": 1_000}
-# What each run changes in `base`: the recipe part by part, then the number of latents, in half the
-# steps.
+# What each run changes in `base`: the recipe part by part, then the number of latents.
 RUNS = {
     "ce": NOTHING,
     "alignment": {**NOTHING, "autoencoder.alignment_weight": 1.0},
     "activation": {"autoencoder.latent_dropout": 0.0},
     "full": {},
-    "latents_4": {**HALF, "autoencoder.num_latents": 4},
-    "latents_8": HALF,
-    "latents_16": {**HALF, "autoencoder.num_latents": 16},
+    "latents_4": {"autoencoder.num_latents": 4},
+    "latents_16": {"autoencoder.num_latents": 16},
 }
 
 
