@@ -50,6 +50,7 @@ def benchmark(config: ConfigDict, path: Path) -> Entry:
         workdir.write_json(path, result)
 
     write()
+    load = speed.reader(config)
     with jax.set_mesh(mesh):
         models = systems.open_systems(config, mesh)
         write(peaks=peaks.measure(config.base.dtype))
@@ -58,7 +59,7 @@ def benchmark(config: ConfigDict, path: Path) -> Entry:
             result["entries"] += speed.generation(config, models, batch_size, result["peaks"], mesh)
             write(ratios=ratios(result["entries"]))
         del models
-        for entry in speed.training(config, result["peaks"], mesh):
+        for entry in speed.training(config, load, result["peaks"], mesh):
             result["training"].append(entry)
             write()
     write(complete=True)

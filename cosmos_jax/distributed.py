@@ -66,7 +66,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
 
 def _keep_compiled_programs() -> None:
     """So that a run that goes on need not compile again; JAX_COMPILATION_CACHE_DIR is elsewhere."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         # Homes are shared, and a program for the CPU of one machine may not run on another's.
         machine = socket.gethostname() if jax.default_backend() == "cpu" else "accelerators"

@@ -249,32 +249,37 @@ def _shares(flops: float, moved: float, seconds: float, roof: Entry) -> Entry:
 # Training
 
 
-def training(config: ConfigDict, roof: Entry, mesh: Mesh) -> Iterator[Entry]:
-    """An entry for each stage: the speed of `train.py`'s step with and without reading texts."""
-    base, system_of = (
-        config.base,
-        {stage: system for system, stages in config_lib.SYSTEMS.items() for stage in stages},
-    )
-    tokenizer = systems.load_tokenizer(base)
-    load = None
-    if tokenizer:
-        dataset = sources.load(base.data.source, base.data.directory)
-        if dataset.conditional != base.data.conditional:
-            raise UserError(
-                f"config.base.data.conditional is {base.data.conditional}, but the rows of "
-                f"{base.data.source} have {'sources' if dataset.conditional else 'no sources'}"
-            )
-        load = TokenBatches(
-            dataset.train,
-            tokenizer,
-            seed=systems.SEED,
-            max_length=base.data.max_length,
-            max_source_length=base.data.max_source_length,
-            batch_size=config.training.batch_size,
+def reader(config: ConfigDict) -> Callable[[int], Batch] | None:
+    """What reads the batches of training; None where no tokenizer is named or nothing trained."""
+    base = config.base
+    tokenizer = systems.load_tokenizer(base) if config.training.stages else None
+    if tokenizer is None:
+        return None
+    dataset = sources.load(base.data.source, base.data.directory)
+    if dataset.conditional != base.data.conditional:
+        raise UserError(
+            f"config.base.data.conditional is {base.data.conditional}, but the rows of "
+            f"{base.data.source} have {'sources' if dataset.conditional else 'no sources'}"
         )
+    return TokenBatches(
+        dataset.train,
+        tokenizer,
+        seed=systems.SEED,
+        max_length=base.data.max_length,
+        max_source_length=base.data.max_source_length,
+        batch_size=config.training.batch_size,
+    )
+
+
+def training(
+    config: ConfigDict, load: Callable[[int], Batch] | None, roof: Entry, mesh: Mesh
+) -> Iterator[Entry]:
+    """An entry for each stage: the speed of `train.py`'s step with and without reading texts."""
+    system_of = {stage: name for name, stages in config_lib.SYSTEMS.items() for stage in stages}
+    tokenizer = systems.load_tokenizer(config.base)
     for name in filter(None, config.training.stages.split(",")):
         system = {"cosmos": "default"}.get(system_of[name], system_of[name])
-        of_system = systems.config_of(system, base)
+        of_system = systems.config_of(system, config.base)
         of_system[name].batch_size = config.training.batch_size
         model = systems.random(of_system, tokenizer, mesh)
         entry = {"stage": name, "batch_size": config.training.batch_size}

@@ -10,7 +10,7 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 # From the bottom up; modules of one line do not know each other.
 LAYERS = """
     __init__ errors
-    commands config distributed optimizer provenance data.tokens data.files
+    commands config distributed optimizer peaks provenance torch_gpt2 data.tokens data.files
     scores.score scores.batches scores.table
     sharding checkpoint workdir data.sources scores.ngrams scores.frechet
     report
@@ -34,7 +34,9 @@ LAYERS = """
     generate examples
     evaluation evaluate results
     runner
-    main study
+    systems steps
+    speed
+    main study benchmark
 """
 # `sources` defines what a data set is and, when one is asked for, calls who makes it.
 UPWARDS = {("data.sources", "data.builders")}
