@@ -240,6 +240,16 @@ SAMPLING = {
     "masked": ("num_sampling_steps",),
 }
 
+# How the authors' code samples.
+FAITHFUL = {
+    "diffusion.sampler": "euler_sde",
+    "diffusion.num_sampling_steps": 200,
+    "diffusion.min_time": 0.05,
+    "diffusion.time_grid": "time",
+    "diffusion.rescale": "none",
+    "diffusion.answer": "mean",
+}
+
 # Fields that a run may change after it has begun: what it has trained stays usable.
 FREE = (
     "data.directory",

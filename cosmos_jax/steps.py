@@ -63,20 +63,18 @@ def measure(run: Run, samplers: str, steps: Sequence[int]) -> list[Row]:
     with workdir.locked(run.workdir):
         finished = pipeline.finished(run)
         scorer = Scorer(run, finished)
-        path = run.workdir / "steps.json"
-        identity = _identity(run, finished)
-        recorded = workdir.read_json(path)
-        if recorded is None or recorded["identity"] != identity:
-            recorded = {"identity": identity, "rows": []}
+        path, common = run.workdir / "steps.json", _identity(run, finished)
+        recorded = workdir.read_json(path) or []
         rows = []
         for config in asked:
             how = _how(config)
-            row = next((row for row in recorded["rows"] if how.items() <= row.items()), None)
+            identity = {**common, **how}
+            row = next((old["row"] for old in recorded if old["identity"] == identity), None)
             if row is None:
                 logger.info("steps: %s in %d", how["sampler"], how["num_sampling_steps"])
                 texts, seconds = generate(run, finished, config)
                 row = {**how, "seconds_per_text": seconds, **scorer.score(texts)}
-                recorded["rows"].append(row)
+                recorded.append({"identity": identity, "row": row})
                 workdir.write_json(path, recorded)
                 _stop_if_told()
             rows.append(row)
@@ -168,18 +166,22 @@ class Scorer:
 
     def _texts(self, generated: list[str]) -> protocols.Texts:
         run, paired = self.run, self.run.dataset.conditional
-        test, train = run.dataset.test, run.dataset.train
+        test = run.dataset.test
         return protocols.Texts(
             generated=generated,
             references=first_texts(test, run.config.generate.num_texts),
             sources=[test[i].source or "" for i in range(len(generated))] if paired else [],
             paired=paired,
-            training=lambda: (row.text for row in map(train.__getitem__, range(len(train)))),
+            training=lambda: self._training,
             normalise=self._normalise,
             form=f"{run.config.data.max_length} tokens of {run.encoder.name}",
             encoder=run.encoder,
             settings=run.config.evaluate,
         )
+
+    @functools.cached_property
+    def _training(self) -> list[str]:
+        return first_texts(self.run.dataset.train, len(self.run.dataset.train))
 
     def _normalise(self, texts: list[str]) -> list[str]:
         """`tokens.round_trip` with a memory: training texts are compared with every time."""

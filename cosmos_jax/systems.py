@@ -41,15 +41,7 @@ EAGER = "torch_autoregressive"  # GPT-2 in PyTorch
 # What each system changes in the common config. Of "token_level" `num_latents` follows.
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {"system": "cosmos", "autoencoder.compress": True},
-    "faithful": {
-        "system": "cosmos",
-        "autoencoder.compress": True,
-        "diffusion.sampler": "euler_sde",
-        "diffusion.num_sampling_steps": 200,
-        "diffusion.time_grid": "time",
-        "diffusion.rescale": "none",
-        "diffusion.answer": "mean",
-    },
+    "faithful": {"system": "cosmos", "autoencoder.compress": True, **config_lib.FAITHFUL},
     "autoregressive": {"system": "autoregressive"},
     "token_level": {"system": "cosmos", "autoencoder.compress": False},
     "masked": {"system": "masked"},

@@ -6,13 +6,13 @@ Times differ from run to run, so they stand apart from `metrics.jsonl`, which do
 import contextlib
 import json
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from cosmos_jax import peaks
 from cosmos_jax.errors import UserError
 from cosmos_jax.workdir import read_json
 
@@ -33,7 +33,7 @@ def recorded(workdir: Path, stage: str) -> Iterator[None]:
                 "from": before,
                 "to": after,
                 "seconds": round(time.perf_counter() - begun, 3),
-                "peak_memory_bytes": _peak_memory(),
+                "peak_memory_bytes": peaks.peak_memory(),
                 "device": jax.devices()[0].device_kind,
                 "num_devices": jax.device_count(),
                 "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -43,14 +43,6 @@ def recorded(workdir: Path, stage: str) -> Iterator[None]:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:  # no reason to end a run
                 logger.warning("timing.jsonl: cannot be written: %s", error.strerror)
-
-
-def _peak_memory() -> int:
-    """Of this process so far: its first device, or the host where that has the device's memory."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    # The system counts in units of 1,024 bytes.
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024
-    return int(statistics.get("peak_bytes_in_use", host))
 
 
 def _done(workdir: Path, stage: str) -> int:

@@ -153,6 +153,8 @@ def test_what_is_measured_is_not_measured_again(tiny, directory, by_steps, monke
     asked = steps_config(tiny, "dpmpp_2m", (3,), **{"generate.num_texts": 5})
     study.study(asked, directory)
     assert measured[2:] == [("dpmpp_2m", 3, "time")]
+    assert study.study(steps_config(tiny), directory)["rows"] == by_steps["rows"]
+    assert len(measured) == 3
 
 
 def test_a_stopped_study_goes_on(tiny, directory, by_steps, tmp_path, monkeypatch):
@@ -164,10 +166,10 @@ def test_a_stopped_study_goes_on(tiny, directory, by_steps, tmp_path, monkeypatc
     with pytest.raises(distributed.Preempted, match="every finished row is saved"):
         study.study(steps_config(tiny), tmp_path)
     assert not (tmp_path / "steps.json").exists()
-    (kept,) = json.loads(rows.read_text())["rows"]
+    (kept,) = json.loads(rows.read_text())
     monkeypatch.undo()
     result = study.study(steps_config(tiny), tmp_path)
-    assert result["rows"][0] == {"run": "full", **kept}
+    assert result["rows"][0] == {"run": "full", **kept["row"]}
     for row, whole in zip(result["rows"], by_steps["rows"], strict=True):
         same = row.keys() - {"seconds_per_text"}
         assert {name: row[name] for name in same} == {name: whole[name] for name in same}

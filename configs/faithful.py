@@ -1,0 +1,20 @@
+"""A task with the sampling of the authors' code, 200 steps of Euler-Maruyama.
+
+python -m cosmos_jax.main --config=configs/faithful.py:summarize --workdir=runs/xsum
+
+Training is the same, so a run may be sampled both ways, one after the other.
+"""
+
+import importlib
+import importlib.util
+
+from cosmos_jax import config as config_lib
+from cosmos_jax.errors import UserError
+
+
+def get_config(task="rocstories"):
+    if importlib.util.find_spec(f"configs.{task}") is None:
+        raise UserError(f"--config=configs/faithful.py:{task}: there is no configs/{task}.py")
+    config = importlib.import_module(f"configs.{task}").get_config()
+    config.update_from_flattened_dict(config_lib.FAITHFUL)
+    return config
