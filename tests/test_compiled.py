@@ -17,7 +17,7 @@ COMPILE = """
 import functools, json, math
 import jax, jax.numpy as jnp
 from cosmos_jax import config as config_lib, optimizer, sharding
-from cosmos_jax.models import cosmos
+from cosmos_jax.models import cosmos, states
 from cosmos_jax.stages import autoencoder, diffusion
 from cosmos_jax.train import init_state, make_step
 
@@ -96,7 +96,7 @@ for option, memory, fields in (
         for name in ("autoencoder", "diffusion")
     }
 found["bf16"] = {name: compiled(name, one, False, dtype="bfloat16") for name in found["plain"]}
-cosmos.split_batch = lambda x: x
+states.split_batch = lambda x: x
 found["unconstrained"] = {"autoencoder": compiled("autoencoder", fsdp)}
 print(json.dumps(found))
 """

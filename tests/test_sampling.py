@@ -1,5 +1,6 @@
 """Generation against denoiser calls made one by one."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -34,7 +35,7 @@ def trained(tiny, finished_pairs):
     source = (jnp.array(encoded.ids_BxL), jnp.array(encoded.mask_BxL))
     keys = jax.random.split(jax.random.key(8), len(SOURCES))
 
-    def generator(model_class=Latents, **fields):
+    def generator(model_class=Latents, model=model, **fields):
         config = run.config.copy_and_resolve_references()
         config.diffusion.update(fields)
         return jax.jit(make_generator(config, model_class(**vars(model))))
@@ -68,6 +69,40 @@ def test_guidance_goes_from_the_empty_source_through_the_own(trained, estimates,
     with_source, without = estimates
     expected = without + guidance * (with_source - without)
     np.testing.assert_allclose(generate(weights, keys, source), expected, atol=2e-5)
+
+
+def operations(jaxpr):
+    """Every operation with the shapes of its results, those of inner functions too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from operations(inner)
+
+
+def test_no_step_computes_what_is_the_same_in_all(trained):
+    """Keys and values of the source, and the denoiser's weights in the type of the products."""
+    generator, model, weights, source, keys = trained
+    model = dataclasses.replace(
+        model, denoiser=dataclasses.replace(model.denoiser, dtype=jnp.bfloat16)
+    )
+    generate = generator(Latents, model=model, guidance=2.0)
+    everything = jax.make_jaxpr(generate)(weights, keys, source).jaxpr
+    (loop,) = [e for e in operations(everything) if e.primitive.name == "scan"]
+
+    def of_source(equations):
+        """Products for each position of the source, the shares of attention left out."""
+        length = source[0].shape[1]
+        shapes = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "dot_general"]
+        return [shape for shape in shapes if shape[1:2] == (length,)]
+
+    def conversions(equations):
+        kernels = {leaf.shape for leaf in jax.tree.leaves(weights["denoiser"]) if leaf.ndim == 2}
+        converted = [e for e in equations if e.primitive.name == "convert_element_type"]
+        return [e for e in converted if e.outvars[0].aval.shape in kernels]
+
+    body = list(operations(loop.params["jaxpr"].jaxpr))
+    assert of_source(operations(everything)) and not of_source(body)
+    assert conversions(operations(everything)) and not conversions(body)
 
 
 def test_a_text_does_not_depend_on_the_batch_around_it(trained):
