@@ -19,7 +19,7 @@ from cosmos_jax import distributed, latents, pipeline, provenance, sharding, wor
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
 from cosmos_jax.errors import UserError
-from cosmos_jax.generate import read_samples
+from cosmos_jax.generate import Sample, read_samples
 from cosmos_jax.run import Run
 from cosmos_jax.scores import frechet, protocols
 from cosmos_jax.scores.score import JACKKNIFE, jackknife
@@ -80,7 +80,7 @@ def evaluate(run: Run) -> None:
                 sums.update(texts=count, totals=totals)
                 save()
             state["held_out"][name] = means(state.pop("sums")["totals"])
-    texts = texts_of(run, samples_path)
+    texts = texts_of(run, distributed.on_first(lambda: read_samples(samples_path)))
     for name, piece in protocols.pieces(texts).items():
         if name not in state["done"]:
             logger.info("evaluate: %s", name)
@@ -127,12 +127,9 @@ def held_out_sums(
         yield texts, totals
 
 
-def texts_of(run: Run, samples_path: Path) -> protocols.Texts:
+def texts_of(run: Run, samples: Sequence[Sample]) -> protocols.Texts:
     """The generated texts, and for each its reference or as many real ones."""
-    samples = distributed.on_first(lambda: read_samples(samples_path))
-    paired = run.dataset.conditional
-
-    rows = run.dataset.train
+    paired, rows = run.dataset.conditional, run.dataset.train
 
     def normalise(texts: Sequence[str]) -> list[str]:
         return tokens.round_trip(run.encoder.tokenizer, texts, run.config.data.max_length)
@@ -153,19 +150,18 @@ def texts_of(run: Run, samples_path: Path) -> protocols.Texts:
 
 
 def latent_frechet(
-    run: Run, finished: pipeline.Finished, texts: protocols.Texts
+    run: Run,
+    finished: pipeline.Finished,
+    texts: protocols.Texts,
+    real_nxD: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The distance of generated from real texts in the latent space, slots averaged.
 
     `real` is that of held-out texts of the other split, as many, from the same real ones.
+    `real_nxD` are the `latents_of_real`, where they are known.
     """
-    model, weights = finished.model, finished.weights
-    mean_NxD, std_NxD = (np.asarray(weights[name]) for name in ("latents_mean", "latents_std"))
-    other = texts.normalise(first_texts(run.dataset.valid, len(texts.real)))
-    generated, real, valid = (
-        ((latents.encode(run, model, weights, group) - mean_NxD) / std_NxD).mean(axis=1)
-        for group in (texts.kept, texts.real, other)
-    )
+    real, valid = real_nxD or latents_of_real(run, finished, texts)
+    generated = _mean_latents(run, finished, texts.kept)
     score = frechet.frechet_distance(generated, real)
     score = dataclasses.replace(
         score,
@@ -182,6 +178,21 @@ def latent_frechet(
         },
     )
     return {"latent_frechet": {**score.to_json(), "protocol": "latents"}}
+
+
+def latents_of_real(
+    run: Run, finished: pipeline.Finished, texts: protocols.Texts
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean latents of the real texts, and of as many of the other split."""
+    other = texts.normalise(first_texts(run.dataset.valid, len(texts.real)))
+    return _mean_latents(run, finished, texts.real), _mean_latents(run, finished, other)
+
+
+def _mean_latents(run: Run, finished: pipeline.Finished, texts: Sequence[str]) -> np.ndarray:
+    """The mean over slots of each text's standardised latents, [n, D]."""
+    model, weights = finished.model, finished.weights
+    latents_nxNxD = latents.encode(run, model, weights, texts)
+    return np.asarray(model.standardise(weights, latents_nxNxD)).mean(axis=1)
 
 
 def _hash(samples_path: Path) -> str:

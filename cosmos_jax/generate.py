@@ -22,6 +22,9 @@ from cosmos_jax.stages.base import row_keys
 
 logger = logging.getLogger(__name__)
 
+Sample = dict[str, str]
+"""A line of `samples.jsonl`: text, and for conditional tasks source and reference."""
+
 
 def generate(run: Run) -> None:
     """Generates `config.generate.num_texts` texts, for conditional tasks one per test source."""
@@ -80,21 +83,22 @@ def generate(run: Run) -> None:
 def _append(run: Run, path: Path, start: int, ids_BxL: np.ndarray) -> None:
     """Writes texts, the first of which has the number `start`, to the end of a file."""
     texts = tokens.decode(run.encoder.tokenizer, ids_BxL)
-    samples = [_sample(run, i, text) for i, text in enumerate(texts, start)]
+    samples = [sample(run, i, text) for i, text in enumerate(texts, start)]
     with workdir.writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sample(run: Run, i: int, text: str) -> dict[str, str]:
+def sample(run: Run, i: int, text: str) -> Sample:
+    """A generated text with what it was generated for."""
     if not run.dataset.conditional:
         return {"text": text}
     row = run.dataset.test[i]
     return {"text": text, "source": row.source or "", "reference": row.text}
 
 
-def read_samples(path: Path) -> list[dict[str, str]]:
+def read_samples(path: Path) -> list[Sample]:
     """The objects of a samples file; a line that a kill cut off is left out."""
     samples = []
     if path.exists():

@@ -18,13 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
-from cosmos_jax import distributed, latents, pipeline, sharding, workdir
+from cosmos_jax import distributed, evaluation, pipeline, sharding, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
+from cosmos_jax.generate import sample
 from cosmos_jax.run import Run
 from cosmos_jax.sampling import make_generator
-from cosmos_jax.scores import frechet, protocols
-from cosmos_jax.scores.score import JACKKNIFE, jackknife
+from cosmos_jax.scores import protocols
 from cosmos_jax.stages.base import row_keys
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,9 @@ class Scorer:
             name: functools.partial(sharding.on_one_device, piece)
             for name, piece in protocols.pieces(texts).items()
         }
-        pieces["latent_frechet"] = functools.partial(self._latent_frechet, texts)
+        pieces["latent_frechet"] = functools.partial(
+            evaluation.latent_frechet, self.run, self.finished, texts, self._latents_of_real
+        )
         state: dict[str, Any] = {"scores": {}, "done": [], "problems": {}}
         for name, piece in pieces.items():
             state = protocols.compute(state, name, piece)
@@ -165,52 +167,25 @@ class Scorer:
         return row
 
     def _texts(self, generated: list[str]) -> protocols.Texts:
-        run, paired = self.run, self.run.dataset.conditional
-        test = run.dataset.test
-        return protocols.Texts(
-            generated=generated,
-            references=first_texts(test, run.config.generate.num_texts),
-            sources=[test[i].source or "" for i in range(len(generated))] if paired else [],
-            paired=paired,
-            training=lambda: self._training,
-            normalise=self._normalise,
-            form=f"{run.config.data.max_length} tokens of {run.encoder.name}",
-            encoder=run.encoder,
-            settings=run.config.evaluate,
+        samples = [sample(self.run, i, text) for i, text in enumerate(generated)]
+        texts = evaluation.texts_of(self.run, samples)
+        return dataclasses.replace(
+            texts, training=lambda: self._training, normalise=self._normalise
         )
 
     @functools.cached_property
     def _training(self) -> list[str]:
         return first_texts(self.run.dataset.train, len(self.run.dataset.train))
 
-    def _normalise(self, texts: list[str]) -> list[str]:
+    @functools.cached_property
+    def _latents_of_real(self) -> tuple[np.ndarray, np.ndarray]:
+        any_texts = self._texts([""] * self.run.config.generate.num_texts)
+        return evaluation.latents_of_real(self.run, self.finished, any_texts)
+
+    def _normalise(self, texts: Sequence[str]) -> list[str]:
         """`tokens.round_trip` with a memory: training texts are compared with every time."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         length = self.run.config.data.max_length
         found = tokens.round_trip(self.run.encoder.tokenizer, new, length)
         self.known.update(zip(new, found, strict=True))
         return [self.known[text] for text in texts]
-
-    def _latent_frechet(self, texts: protocols.Texts) -> dict[str, dict[str, Any]]:
-        """As in `evaluation`, with what it takes of real texts at hand."""
-        generated, (real, of_real) = self._features(texts.kept), self._real
-        score = frechet.frechet_distance(generated, real)
-        spread = jackknife(
-            lambda some: frechet.frechet_distance(generated[some], real).value, len(generated)
-        )
-        score = dataclasses.replace(score, spread=spread, spread_over=JACKKNIFE, real=of_real)
-        return {"latent_frechet": score.to_json()}
-
-    @functools.cached_property
-    def _real(self) -> tuple[np.ndarray, float]:
-        """Features of the real texts, and the distance from them of as many others."""
-        texts = self._texts([]).real
-        others = self._normalise(first_texts(self.run.dataset.valid, len(texts)))
-        real = self._features(texts)
-        return real, frechet.frechet_distance(self._features(others), real).value
-
-    def _features(self, texts: list[str]) -> np.ndarray:
-        """The mean over slots of each text's standardised latents."""
-        model, weights = self.finished.model, self.finished.weights
-        latents_nxNxD = latents.encode(self.run, model, weights, texts)
-        return np.asarray(model.standardise(weights, latents_nxNxD)).mean(axis=1)

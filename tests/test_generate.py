@@ -100,7 +100,7 @@ def test_texts_depend_on_the_seed(tiny, workdir):
 
 def score_texts(run, workdir):
     """Values by name, and the texts they are of."""
-    texts = evaluation.texts_of(run, workdir / "samples.jsonl")
+    texts = evaluation.texts_of(run, generate.read_samples(workdir / "samples.jsonl"))
     state = {"scores": {}, "done": [], "problems": {}}
     for name, piece in protocols.pieces(texts).items():
         state = protocols.compute(state, name, piece)
