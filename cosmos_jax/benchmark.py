@@ -160,7 +160,7 @@ def table(result: Entry) -> str:
     )
     measured, skipped = _parted(result["training"])
     text += _aligned(
-        "stage batch tokens/s (from to) of_peak input_costs",
+        "stage batch tokens/s (from to) of_peak input_costs over_PyTorch",
         [
             (
                 entry["stage"],
@@ -168,6 +168,7 @@ def table(result: Entry) -> str:
                 *_spread(entry["tokens_per_second"]["input_off"]),
                 f"{entry['flops_share']:.1%}",
                 f"{entry['input_cost']:.1%}" if "input_cost" in entry else "-",
+                _over_torch(entry["tokens_per_second"]),
             )
             for entry in measured
         ],
@@ -178,6 +179,12 @@ def table(result: Entry) -> str:
 
 def _parted(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
     return [e for e in entries if "skipped" not in e], [e for e in entries if "skipped" in e]
+
+
+def _over_torch(rates: Entry) -> str:
+    if "torch" not in rates:
+        return "-"
+    return f"{rates['input_off']['median'] / rates['torch']['median']:.2f}"
 
 
 def _giga(value: float) -> str:

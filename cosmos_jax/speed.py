@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
-from cosmos_jax import optimizer, peaks, sharding, systems
+from cosmos_jax import optimizer, peaks, sharding, systems, torch_gpt2
 from cosmos_jax.data import sources
 from cosmos_jax.data.batches import Batch, TokenBatches, prefetch
 from cosmos_jax.describe import describe
@@ -274,7 +274,10 @@ def reader(config: ConfigDict) -> Callable[[int], Batch] | None:
 def training(
     config: ConfigDict, load: Callable[[int], Batch] | None, roof: Entry, mesh: Mesh
 ) -> Iterator[Entry]:
-    """An entry for each stage: the speed of `train.py`'s step with and without reading texts."""
+    """An entry for each stage: the speed of `train.py`'s step with and without reading texts.
+
+    Beside that of the autoregressive model stands the same model in PyTorch, where it is installed.
+    """
     system_of = {stage: name for name, stages in config_lib.SYSTEMS.items() for stage in stages}
     tokenizer = systems.load_tokenizer(config.base)
     for name in filter(None, config.training.stages.split(",")):
@@ -347,6 +350,11 @@ def _training_entry(
     ways: dict[str, Callable[[], float]] = {"input_off": without_input}
     if load:
         ways["input_on"] = functools.partial(with_input, load)
+    if stage.name == "autoregressive":
+        with contextlib.suppress(UserError):  # there is no PyTorch to compare with
+            eager = torch_gpt2.make_training(model.config, batch_size)
+            eager(1)
+            ways["torch"] = lambda: _seconds(lambda: eager(num_steps)) / num_steps
     per_round = seconds * num_steps * len(ways)
     _refuse_if_long(config, per_round, f"{num_steps} steps of {seconds:.3g} s")
     times: dict[str, list[float]] = {way: [] for way in ways}

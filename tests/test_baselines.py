@@ -6,6 +6,7 @@ import pytest
 import tiny as tiny_lib
 
 from cosmos_jax import config as config_lib
+from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
 from cosmos_jax.runner import run_stages
 
@@ -53,6 +54,18 @@ def test_a_run_from_end_to_end(tiny, tmp_path, capsys, fields, conditional):
     run_stages(config, tmp_path)  # nothing is left to do
     assert tiny_lib.read_rows(tmp_path / "metrics.jsonl") == metrics
     assert tiny_lib.read_rows(tmp_path / "samples.jsonl") == samples
+
+
+@pytest.mark.parametrize("system", ["autoregressive", "masked"])
+def test_describe_counts_what_is_trained(tiny, system):
+    found = describe(tiny.pairs_config(system=system))
+    (part,) = set(found["parameters"]) - {"text_encoder_frozen"}
+    size, state = found["parameters"][part], found["bytes_per_device"][system]
+    assert state["params"] == state["ema"] == 4 * size
+    # 2 operations for each weight and token, three passes; the word table may be none of them.
+    weights = size - 2 * 60 * 32 - 24 * 32
+    assert found["flops"][f"{system}_training_step"] > 3 * 2 * weights * 8 * 11
+    assert found["flops"]["generated_text"] > 0
 
 
 def test_a_stage_of_another_system_is_refused(tiny, tmp_path):

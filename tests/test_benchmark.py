@@ -14,7 +14,8 @@ import pytest
 import tiny as tiny_sizes
 from ml_collections import ConfigDict
 
-from cosmos_jax import benchmark, decoding, peaks, sharding, speed, systems
+from cosmos_jax import benchmark, decoding, peaks, sharding, speed, systems, torch_gpt2
+from cosmos_jax.baselines import BASELINES
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import masked
 from cosmos_jax.models.denoiser import Denoiser, DenoiserConfig
@@ -159,6 +160,17 @@ def test_training_is_measured_with_and_without_reading(measured):
         on, off = (seconds[way]["median"] for way in ("input_on", "input_off"))
         assert entry["input_cost"] == pytest.approx(on / off - 1)
         assert entry["flops_per_step"] > 0
+        assert ("torch" in entry["tokens_per_second"]) == (entry["stage"] == "autoregressive")
+
+
+def test_the_model_in_pytorch_is_as_large_as_ours(tiny):
+    of_system = systems.config_of("autoregressive", tiny.config())
+    baseline = BASELINES["autoregressive"]
+    model = baseline.build(of_system, of_system.encoder.vocab_size)
+    ours = jax.eval_shape(baseline.stage(of_system, model, {}, {}, "").init, jax.random.key(0), {})
+    theirs, _ = torch_gpt2._model(of_system, "float32")
+    size = sum(parameter.numel() for parameter in theirs.parameters())
+    assert size == sum(leaf.size for leaf in jax.tree.leaves(ours))
 
 
 def test_the_table_shows_all(measured):

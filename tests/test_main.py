@@ -1,6 +1,7 @@
 """The command: what a run leaves, going on, refusing, and describing."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -9,12 +10,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny as tiny_lib
 
 from cosmos_jax import config as config_lib
-from cosmos_jax.baselines import MAKE_GENERATOR
+from cosmos_jax.baselines import BASELINES, MAKE_GENERATOR
 from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
 from cosmos_jax.runner import run_stages
@@ -335,14 +337,15 @@ def test_describe_on_the_command_line():
     assert "condition_encoder" not in counts
 
 
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "workdir")
+OTHERS = {"workdir", "benchmark"}  # are not of a task
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in OTHERS)
 CONDITIONAL = {"detoxify", "question", "summarize"}
 
 
-def load_config(name):
+def load_config(name, *arguments):
     namespace: dict = {}
     exec((ROOT / "configs" / f"{name}.py").read_text(), namespace)
-    return namespace["get_config"]()
+    return namespace["get_config"](*arguments)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -372,6 +375,41 @@ def test_every_config_at_its_full_size(name):
     # 2 operations for each weight and token: at least the weights' share must be there.
     tokens = config.data.max_length * config.autoencoder.batch_size
     assert description["flops"]["autoencoder_training_step"] > 6 * counts["compressor"] * tokens / 4
+
+
+@pytest.mark.parametrize("task", ["rocstories", "summarize"])
+@pytest.mark.parametrize("system", ["autoregressive", "masked"])
+def test_every_baseline_at_its_full_size(task, system):
+    """Of the size class of the denoiser."""
+    config = importlib.import_module(f"configs.baselines.{task}").get_config(system)
+    config_lib.validate(config)
+    model = BASELINES[system].build(config, config.encoder.vocab_size)
+    init = BASELINES[system].stage(config, model, {}, {}, "").init
+    params = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0), {}))
+    denoiser = PAPER["denoiser"] if task == "rocstories" else 158_112_768
+    assert 0.8 * denoiser < sum(leaf.size for leaf in params) < 1.25 * denoiser
+
+
+@pytest.mark.parametrize("task", ["rocstories", "summarize"])
+def test_the_token_level_config_has_a_latent_for_each_token(task):
+    config = importlib.import_module(f"configs.baselines.{task}").get_config("token_level")
+    config_lib.validate(config)
+    assert config.autoencoder.num_latents == config.data.max_length
+
+
+def test_the_faithful_preset_changes_how_a_task_is_sampled_and_no_more():
+    config, task = load_config("faithful", "summarize"), load_config("summarize")
+    config_lib.validate(config)
+    assert config.diffusion.num_sampling_steps == 200
+    assert config.diffusion.sampler == "euler_sde"
+    assert config_lib.conflict(config, task) == ""
+
+
+def test_a_config_that_does_not_exist_is_one_line():
+    for name in ("faithful.py:haiku", "baselines/rocstories.py:rnn"):
+        done = command(f"--config=configs/{name}", "--stage=describe", code=2)
+        assert done.stderr.startswith("error: --config")
+        assert done.stderr.count("\n") == 1
 
 
 def test_meshes_divide_what_a_device_holds():
