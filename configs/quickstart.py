@@ -51,7 +51,6 @@ def get_config():
     df.optimizer.warmup_steps = 50
     df.ema_decay = 0.99
     df.statistics_texts = 640
-    df.num_sampling_steps = 50
     df.evaluate_every = 700
     df.checkpoint_every = 350
 

@@ -119,6 +119,7 @@ class Tiny:
                 "diffusion.steps": 30,
                 "diffusion.num_layers": 2,
                 "diffusion.condition_layers": 1,
+                "diffusion.sampler": "euler_sde",  # draws noise in every step
                 "diffusion.num_sampling_steps": 3,
                 # Ends while there is noise left, so that texts of so short a training differ.
                 "diffusion.min_time": 0.6,
