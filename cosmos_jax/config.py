@@ -66,6 +66,9 @@ def base() -> ConfigDict:
     ae.compress = True
     ae.num_latents = 16
     ae.num_layers = 12
+    # Layers of the decompressor; 0: as many. It runs once over all tokens, at large batches most of
+    # the time of a few sampling steps, and the paper's authors later took 3.
+    ae.decompressor_layers = 0
     ae.num_heads = 12
     ae.dropout = 0.1
     # Deviation of the position tables at the start. With the paper's 1 they are some 5% of the
@@ -371,6 +374,7 @@ def validate(config: ConfigDict) -> None:
         )
     for field in (
         *(f"{stage}.steps" for stage in TRAINED),
+        "autoencoder.decompressor_layers",
         "data.num_train_texts",
         "evaluate.bertscore_layer",
         "autoregressive.length_penalty",

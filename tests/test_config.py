@@ -95,6 +95,7 @@ BAD = [
     *((f"{stage}.num_heads", 7) for stage in STAGES),  # does not divide 768
     *((f"{stage}.num_heads", 256) for stage in STAGES),  # heads of width 3 cannot rotate
     ("system", "diffusion"),
+    ("autoencoder.decompressor_layers", -1),
     ("autoencoder.compress", False),  # 16 latents for 128 tokens
     ("diffusion.time_grid", "cosine"),
     ("diffusion.rescale", "clip"),

@@ -377,6 +377,16 @@ def test_every_config_at_its_full_size(name):
     assert description["flops"]["autoencoder_training_step"] > 6 * counts["compressor"] * tokens / 4
 
 
+def test_a_shallow_decompressor():
+    """3 of 12 layers, each of 6 d^2 in attention, 8 d^2 in the MLP and some vectors."""
+    config = load_config("rocstories")
+    config.autoencoder.decompressor_layers = 3
+    counts, width = describe(config)["parameters"], config.encoder.hidden_size
+    saved = PAPER["decompressor"] - 48 * width - counts["decompressor"]  # 80 positions, not 128
+    assert 0.99 < saved / (9 * 14 * width**2) < 1.01
+    assert counts["compressor"] == PAPER["compressor"] - 48 * width
+
+
 @pytest.mark.parametrize("task", ["rocstories", "summarize"])
 @pytest.mark.parametrize("system", ["autoregressive", "masked"])
 def test_every_baseline_at_its_full_size(task, system):

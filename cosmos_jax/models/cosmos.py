@@ -147,10 +147,14 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         remat=config.diffusion.remat,
     )
     compress = config.autoencoder.compress
+    decompressor = dataclasses.replace(
+        autoencoder,
+        num_layers=config.autoencoder.decompressor_layers or config.autoencoder.num_layers,
+    )
     return Cosmos(
         make_bert(config),
         Compressor(autoencoder, dtype) if compress else IdentityCompressor(),
-        Decompressor(autoencoder, dtype) if compress else TokenDecoder(autoencoder, dtype),
+        Decompressor(decompressor, dtype) if compress else TokenDecoder(decompressor, dtype),
         Denoiser(denoiser, dtype),
         ConditionEncoder(denoiser, dtype),
     )
