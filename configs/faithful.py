@@ -6,14 +6,14 @@ Training is the same, so a run may be sampled both ways, one after the other.
 """
 
 import importlib
-import importlib.util
+from pathlib import Path
 
 from cosmos_jax import config as config_lib
 from cosmos_jax.errors import UserError
 
 
 def get_config(task="rocstories"):
-    if importlib.util.find_spec(f"configs.{task}") is None:
+    if not (Path(__file__).parent / f"{task}.py").exists():
         raise UserError(f"--config=configs/faithful.py:{task}: there is no configs/{task}.py")
     config = importlib.import_module(f"configs.{task}").get_config()
     config.update_from_flattened_dict(config_lib.FAITHFUL)

@@ -129,3 +129,15 @@ def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
     first, second = jnp.split(x32, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x32 * cos + turned * sin).astype(x_BxTxHxK.dtype)
+
+
+def likeliest(logits_V: jax.Array) -> jax.Array:
+    """The first of the greatest over the last axis, int32.
+
+    Argmax as two plain reductions, which a CPU does many times as fast: with a vocabulary of 30,000
+    the other way costs a third of what the decompressor does.
+    """
+    size = logits_V.shape[-1]
+    greatest = jnp.max(logits_V, axis=-1, keepdims=True)
+    rows = jnp.where(logits_V == greatest, jnp.arange(size, dtype=jnp.int32), size - 1)
+    return jnp.min(rows, axis=-1)

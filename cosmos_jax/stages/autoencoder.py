@@ -19,6 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cosmos_jax.models.cosmos import Cosmos
+from cosmos_jax.models.layers import likeliest
 from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
 
 
@@ -128,7 +129,7 @@ def _sums(
     crossentropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets_BxL)
     squared_error = jnp.mean((predicted - states) ** 2, axis=-1)
     # A token the head cannot say counts as wrong, though the loss has it as [UNK].
-    answers_BxL = frozen["vocabulary"][jnp.argmax(logits, axis=-1)]
+    answers_BxL = frozen["vocabulary"][likeliest(logits)]
     right_BxL = answers_BxL == batch["ids"]
     num_tokens = jnp.sum(mask_BxL, dtype=jnp.float32)
 

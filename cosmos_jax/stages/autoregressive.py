@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cosmos_jax.models.autoregressive import Autoregressive
+from cosmos_jax.models.layers import likeliest
 from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
 
 
@@ -47,7 +48,7 @@ def make(
         logits = model.logits(params, rows_BxL[:, :-1], *source, dropout_keys_B)
         crossentropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows_BxL[:, 1:])
         # A token the head cannot say counts as wrong, though the loss has it as [UNK].
-        right = frozen["vocabulary"][jnp.argmax(logits, axis=-1)] == batch["ids"][:, 1:]
+        right = frozen["vocabulary"][likeliest(logits)] == batch["ids"][:, 1:]
         mask = batch["mask"][:, 1:]
         if "real" in batch:
             mask = mask & batch["real"][:, None]
