@@ -108,8 +108,8 @@ def base() -> ConfigDict:
     df.optimizer = _optimizer(final_learning_rate=2e-4, clip_norm=1.0)
     df.ema_decay = 0.9999
     df.statistics_texts = 10_000
-    # euler_sde | euler_ode | heun | ddim | ddpm | dpmpp_2m | dpmpp_2m_sde. The paper takes 200 steps of
-    # euler_sde, see FAITHFUL; docs/performance.md says why these.
+    # euler_sde | euler_ode | heun | ddim | ddpm | dpmpp_2m | dpmpp_2m_sde. The paper takes 200
+    # steps of euler_sde, see FAITHFUL; docs/performance.md says why these.
     df.sampler = "dpmpp_2m"
     df.num_sampling_steps = 12
     df.min_time = 0.05

@@ -10,9 +10,8 @@ from random_params import random_params
 from test_autoregressive import SIZES, torch_gpt2
 
 from cosmos_jax import config as config_lib
-from cosmos_jax.decoding import draw_from_nucleus, make_decoder, make_generator
+from cosmos_jax.decoding import draw_from_nucleus, likeliest, make_decoder, make_generator
 from cosmos_jax.models import autoregressive
-from cosmos_jax.models.layers import likeliest
 
 SOURCES = np.array([[2, 9, 8, 7, 4], [2, 5, 4, 0, 0], [2, 6, 6, 4, 0]])
 B, S = SOURCES.shape

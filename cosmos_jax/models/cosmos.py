@@ -31,7 +31,6 @@ from cosmos_jax.models.denoiser import (
     KeysValues,
     keys_and_values,
 )
-from cosmos_jax.models.layers import likeliest
 from cosmos_jax.models.states import Weights, apply, make_bert, text_states
 from cosmos_jax.models.token_decoder import IdentityCompressor, TokenDecoder
 from cosmos_jax.sharding import split_batch
@@ -84,7 +83,7 @@ class Cosmos:
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
         _, logits_BxLxV = self.decompress(weights, latents_BxNxD)
-        return weights["vocabulary"][likeliest(logits_BxLxV)]
+        return weights["vocabulary"][jnp.argmax(logits_BxLxV, axis=-1)]
 
     def standardise(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Latents as the diffusion sees them."""

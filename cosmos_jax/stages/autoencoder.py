@@ -19,7 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cosmos_jax.models.cosmos import Cosmos
-from cosmos_jax.models.layers import likeliest
+from cosmos_jax.models.layers import is_greatest
 from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
 
 
@@ -129,8 +129,8 @@ def _sums(
     crossentropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets_BxL)
     squared_error = jnp.mean((predicted - states) ** 2, axis=-1)
     # A token the head cannot say counts as wrong, though the loss has it as [UNK].
-    answers_BxL = frozen["vocabulary"][likeliest(logits)]
-    right_BxL = answers_BxL == batch["ids"]
+    sayable_BxL = frozen["vocabulary"][targets_BxL] == batch["ids"]
+    right_BxL = is_greatest(logits, targets_BxL) & sayable_BxL
     num_tokens = jnp.sum(mask_BxL, dtype=jnp.float32)
 
     def mean_over_tokens(values_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cosmos_jax.models.autoregressive import Autoregressive
-from cosmos_jax.models.layers import likeliest
+from cosmos_jax.models.layers import is_greatest
 from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
 
 
@@ -48,7 +48,8 @@ def make(
         logits = model.logits(params, rows_BxL[:, :-1], *source, dropout_keys_B)
         crossentropy = optax.softmax_cross_entropy_with_integer_labels(logits, rows_BxL[:, 1:])
         # A token the head cannot say counts as wrong, though the loss has it as [UNK].
-        right = frozen["vocabulary"][likeliest(logits)] == batch["ids"][:, 1:]
+        sayable = frozen["vocabulary"][rows_BxL] == batch["ids"]
+        right = is_greatest(logits, rows_BxL[:, 1:]) & sayable[:, 1:]
         mask = batch["mask"][:, 1:]
         if "real" in batch:
             mask = mask & batch["real"][:, None]
