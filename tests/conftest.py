@@ -19,6 +19,14 @@ if _FIRST:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+# Begun last, one of these would keep one core busy and leave the others idle.
+LONGEST_FIRST = ("test_scale", "test_compiled", "test_interrupted", "test_baselines")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST_FIRST)  # keeps the order otherwise
+
+
 def pytest_unconfigure():
     if _FIRST:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

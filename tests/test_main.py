@@ -343,8 +343,9 @@ CONDITIONAL = {"detoxify", "question", "summarize"}
 
 
 def load_config(name, *arguments):
-    namespace: dict = {}
-    exec((ROOT / "configs" / f"{name}.py").read_text(), namespace)
+    path = ROOT / "configs" / f"{name}.py"
+    namespace: dict = {"__file__": str(path)}
+    exec(path.read_text(), namespace)
     return namespace["get_config"](*arguments)
 
 
