@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from ml_collections import ConfigDict
+
 from cosmos_jax import decoding, sampling, unmasking
 from cosmos_jax.models import autoregressive, masked
 from cosmos_jax.stages import autoregressive as autoregressive_stage
 from cosmos_jax.stages import masked as masked_stage
-from cosmos_jax.stages.base import Stage
+from cosmos_jax.stages.base import Batch, Stage, row_keys, source_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,3 +38,16 @@ MAKE_GENERATOR: dict[str, Callable[..., Callable[..., Any]]] = {
     "autoregressive": decoding.make_generator,
     "masked": unmasking.make_generator,
 }
+
+
+def make_generator(config: ConfigDict, model: Any) -> Callable[[Any, jax.Array, Batch], jax.Array]:
+    """(weights, key, batch of rows and sources) -> token ids [B, L] int32, for `jax.jit`.
+
+    A text is a function of `key`, its row and its source.
+    """
+    generator = MAKE_GENERATOR[config.system](config, model)
+
+    def generate(weights: Any, key: jax.Array, batch: Batch) -> jax.Array:
+        return generator(weights, row_keys(key, batch["rows"]), source_of(batch))
+
+    return generate

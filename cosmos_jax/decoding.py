@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 from cosmos_jax.models.autoregressive import Autoregressive
 from cosmos_jax.models.states import Weights
 from cosmos_jax.sharding import split_batch
+from cosmos_jax.stages.base import Source
 
-Source = tuple[jax.Array, jax.Array]
-"""Token ids [B, S] and mask [B, S] of the sources."""
 Step = Callable[..., tuple[jax.Array, Any]]
 """(rows [B, W], position, visible [B, W, places], cache) -> logits [B, W, V], the next cache."""
 State = dict[str, Any]

@@ -15,10 +15,9 @@ import numpy as np
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import distributed, metrics, pipeline, provenance, sharding, workdir
-from cosmos_jax.baselines import MAKE_GENERATOR
+from cosmos_jax.baselines import make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
-from cosmos_jax.stages.base import row_keys
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +43,7 @@ def generate(run: Run) -> None:
         logger.info("generate: finished, %d texts", num_texts)
         return
 
-    generator = MAKE_GENERATOR[run.config.system](run.config, model)
-
-    @jax.jit
-    def compiled(weights, key, batch):
-        source = (batch["source_ids"], batch["source_mask"]) if model.conditional else None
-        return generator(weights, row_keys(key, batch["rows"]), source)
-
+    compiled = jax.jit(make_generator(run.config, model))
     key = run.key("generate")
     sources = run.ordered_batches(run.dataset.test, settings.batch_size, num_texts, done)
     local = sharding.local_rows(batch_size, run.mesh)

@@ -11,9 +11,7 @@ from cosmos_jax.diffusion.schedule import TanSchedule
 from cosmos_jax.models.cosmos import Cosmos, Weights
 from cosmos_jax.models.denoiser import KeysValues
 from cosmos_jax.sharding import split_batch
-
-Source = tuple[jax.Array, jax.Array]
-"""Token ids [B, S] and mask [B, S] of the sources."""
+from cosmos_jax.stages.base import Source
 
 Condition = tuple[tuple[KeysValues, ...], jax.Array]
 """Keys and values of each block of the denoiser, and the mask of their positions."""

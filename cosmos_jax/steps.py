@@ -19,13 +19,12 @@ from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import distributed, evaluation, pipeline, sharding, workdir
+from cosmos_jax.baselines import make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
 from cosmos_jax.generate import sample
 from cosmos_jax.run import Run
-from cosmos_jax.sampling import make_generator
 from cosmos_jax.scores import protocols
-from cosmos_jax.stages.base import row_keys
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +110,13 @@ def generate(run: Run, finished: pipeline.Finished, config: ConfigDict) -> tuple
     batch_size = run.even_batch_size(min(settings.batch_size, num_texts))
     sources = run.ordered_batches(run.dataset.test, settings.batch_size, num_texts)
     local = sharding.local_rows(batch_size, run.mesh)
-    generator = make_generator(config, model)
-
-    @jax.jit
-    def compute(weights, key, batch):
-        source = (batch["source_ids"], batch["source_mask"]) if model.conditional else None
-        return generator(weights, row_keys(key, batch["rows"]), source)
 
     def inputs(index: int) -> tuple[Any, ...]:
         rows = {"rows": index * batch_size + local}
         batch = sources(index) if model.conditional else rows
         return finished.weights, run.key("generate"), sharding.put_batch(batch, run.mesh)
 
-    compiled = compute.lower(*inputs(0)).compile()
+    compiled = jax.jit(make_generator(config, model)).lower(*inputs(0)).compile()
     num_batches = -(-num_texts // batch_size)
     ids, seconds = [], []
     for call in range(max(num_batches, TIMED_CALLS)):

@@ -27,14 +27,14 @@ from cosmos_jax import (
     unmasking,
     workdir,
 )
-from cosmos_jax.baselines import BASELINES, MAKE_GENERATOR
+from cosmos_jax.baselines import BASELINES, make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.data.batches import Batch
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import cosmos
 from cosmos_jax.models.cosmos import inverse_vocabulary
 from cosmos_jax.stages import autoencoder, diffusion
-from cosmos_jax.stages.base import Stage, row_keys
+from cosmos_jax.stages.base import Stage, row_keys, source_of
 
 EAGER = "torch_autoregressive"  # GPT-2 in PyTorch
 
@@ -75,8 +75,7 @@ class Model:
 
     def generate(self, weights: Any, key: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
         """Token ids [B, L], as the stage "generate" makes them."""
-        generator = MAKE_GENERATOR[self.config.system](self.config, self.model)
-        return generator(weights, row_keys(key, batch["rows"]), _source(batch))
+        return make_generator(self.config, self.model)(weights, key, batch)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,10 +118,6 @@ def open_systems(config: ConfigDict, mesh: Mesh) -> dict[str, Model | Eager | Us
             shared[kind] = random(of_system, tokenizer, mesh)
         found[name] = dataclasses.replace(shared[kind], config=of_system)
     return found
-
-
-def _source(batch: dict[str, Any]) -> tuple[Any, Any] | None:
-    return (batch["source_ids"], batch["source_mask"]) if "source_ids" in batch else None
 
 
 def config_of(name: str, base: ConfigDict) -> ConfigDict:
@@ -311,7 +306,7 @@ class Part:
 
 def parts(found: Model, key: jax.Array, batch: dict[str, jax.Array]) -> list[Part]:
     """The pieces that the generation from `key` and `batch` consists of, but for small ones."""
-    keys_B, source = row_keys(key, batch["rows"]), _source(batch)
+    keys_B, source = row_keys(key, batch["rows"]), source_of(batch)
     return PARTS[found.config.system](found, keys_B, source)
 
 

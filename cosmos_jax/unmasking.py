@@ -29,9 +29,7 @@ from ml_collections import ConfigDict
 from cosmos_jax.models.masked import Masked
 from cosmos_jax.models.states import Weights
 from cosmos_jax.sharding import split_batch
-
-Source = tuple[jax.Array, jax.Array]
-"""Token ids [B, S] and mask [B, S] of the sources."""
+from cosmos_jax.stages.base import Source
 
 
 def make_generator(

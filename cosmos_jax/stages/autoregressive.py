@@ -3,6 +3,8 @@
 L = -log p(token | those before it, source),  a mean over the tokens after [CLS], with [SEP]
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,15 @@ from ml_collections import ConfigDict
 
 from cosmos_jax.models.autoregressive import Autoregressive
 from cosmos_jax.models.layers import is_greatest
-from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
+from cosmos_jax.stages.base import (
+    Batch,
+    Frozen,
+    Params,
+    Stage,
+    Sums,
+    row_keys,
+    with_source_states,
+)
 
 
 def make(
@@ -31,12 +41,6 @@ def make(
             states = jnp.zeros((1, length, config.encoder.hidden_size))
             inputs = (*inputs, states, jnp.ones((1, length), bool))
         return {"decoder": model.decoder.init(key, *inputs)["params"]}
-
-    def features(frozen: Frozen, tokens: Batch) -> Batch:
-        if not model.conditional or "source_states" in tokens:
-            return tokens
-        states = model.text_states(frozen, tokens["source_ids"], tokens["source_mask"])
-        return {**tokens, "source_states": states}
 
     def sums(
         params: Params, frozen: Frozen, batch: Batch, dropout_keys_B: jax.Array | None
@@ -70,7 +74,7 @@ def make(
         name="autoregressive",
         settings=config.autoregressive,
         init=init,
-        features=features,
+        features=functools.partial(with_source_states, model),
         losses=losses,
         validation=validation,
         frozen=frozen,

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 Params = Any
 Frozen = dict[str, Any]
 Batch = dict[str, jax.Array]
+Source = tuple[jax.Array, jax.Array]
+"""Token ids [B, S] and mask [B, S] of the sources."""
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, weight), both scalars; the value is sum / weight. Sums of the parts of a batch
 add up to those of the batch, whatever the parts."""
@@ -52,3 +54,16 @@ class Stage:
 def row_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
     """A key for each text from its row number, whichever part of a batch is at hand; [B]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows_B)
+
+
+def source_of(batch: Batch) -> Source | None:
+    """What a batch has of sources."""
+    return (batch["source_ids"], batch["source_mask"]) if "source_ids" in batch else None
+
+
+def with_source_states(model: Any, frozen: Frozen, tokens: Batch) -> Batch:
+    """The `features` of a stage that takes nothing but the source from the frozen encoder."""
+    source = source_of(tokens)
+    if source is None or "source_states" in tokens:
+        return tokens
+    return {**tokens, "source_states": model.text_states(frozen, *source)}

@@ -23,6 +23,8 @@ so a generated text needs no length given, the model decides it. That costs few 
 Shape letters: B batch, L text positions, S source positions, D width, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,15 @@ import optax
 from ml_collections import ConfigDict
 
 from cosmos_jax.models.masked import Masked
-from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
+from cosmos_jax.stages.base import (
+    Batch,
+    Frozen,
+    Params,
+    Stage,
+    Sums,
+    row_keys,
+    with_source_states,
+)
 
 
 def make(
@@ -46,12 +56,6 @@ def make(
             source = (1, config.data.max_source_length)
             inputs += [jnp.zeros((*source, width)), jnp.ones(source, bool)]
         return {"masked_denoiser": model.denoiser.init(key, *inputs)["params"]}
-
-    def features(frozen: Frozen, tokens: Batch) -> Batch:
-        if not model.conditional or "source_states" in tokens:
-            return tokens
-        states = model.text_states(frozen, tokens["source_ids"], tokens["source_mask"])
-        return {**tokens, "source_states": states}
 
     def bounds(
         params: Params, frozen: Frozen, batch: Batch, keys_B: jax.Array, train: bool
@@ -88,7 +92,7 @@ def make(
         name="masked",
         settings=config.masked,
         init=init,
-        features=features,
+        features=functools.partial(with_source_states, model),
         losses=losses,
         validation=validation,
         frozen=frozen,
