@@ -81,7 +81,7 @@ def base() -> ConfigDict:
     # states to the encoder's word embeddings (`measure.head`), worth hours of training.
     ae.head_init = "random"
     ae.vocabulary_min_count = 1  # with "corpus": rarer tokens become [UNK] too
-    # A workdir whose autoencoder serves this run too; empty: train one here.
+    # A workdir or exported directory whose autoencoder serves this run too; empty: train one here.
     ae.pretrained = ""
     ae.alignment_weight = 1.0
     # Each perturbation meets its share of a batch; see stages.py.
@@ -98,6 +98,10 @@ def base() -> ConfigDict:
 
     df = config.diffusion = ConfigDict()
     df.steps = 200_000
+    # A workdir or exported directory whose denoiser, its averaged weights and the statistics of
+    # its latents, this one begins with; empty: random weights. `autoencoder.pretrained` must
+    # then be the autoencoder whose latents it learned.
+    df.pretrained = ""
     df.batch_size = 512
     df.num_layers = 12
     df.num_heads = 12
@@ -169,6 +173,7 @@ def _baseline() -> ConfigDict:
     """What the baselines share: the size and training of the denoiser."""
     stage = ConfigDict()
     stage.steps = 200_000
+    stage.pretrained = ""  # a workdir or exported directory to begin with, as the denoiser's
     stage.batch_size = 512
     stage.num_layers = 12
     stage.num_heads = 12
@@ -405,6 +410,13 @@ def validate(config: ConfigDict) -> None:
         config.autoencoder.compress or config.autoencoder.num_latents == config.data.max_length,
         "autoencoder.compress",
         f"True unless autoencoder.num_latents is data.max_length, {config.data.max_length}",
+    )
+    require(
+        config.system != "cosmos"
+        or not config.diffusion.get("pretrained")
+        or bool(config.autoencoder.pretrained),
+        "autoencoder.pretrained",
+        "the run whose latents config.diffusion.pretrained learned, often the same one",
     )
     require(0 < config.autoregressive.top_p <= 1, "autoregressive.top_p", "above 0, at most 1")
     require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")

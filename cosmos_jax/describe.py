@@ -28,10 +28,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     With `autoencoder.vocabulary` "corpus" the head is smaller than is said here.
     """
     found = _baseline(config) if config.system in BASELINES else _cosmos(config)
-    num_devices = math.prod(config.mesh[axis] for axis in sharding.AXES)
-    if num_devices < 1:  # one axis is -1: what is left of the devices here
-        num_devices = jax.device_count()
-    mesh = sharding.abstract_mesh(config.mesh, num_devices)
+    mesh = _mesh(config)
     return {
         "parameters": found.parameters,
         "flops": found.flops,
@@ -41,6 +38,18 @@ def describe(config: ConfigDict) -> dict[str, Any]:
             **{stage.name: _state_bytes(stage, mesh) for stage in found.stages},
         },
     }
+
+
+def _mesh(config: ConfigDict) -> jax.sharding.AbstractMesh:
+    """The mesh asked for, which may be that of other machines: here there may be fewer devices.
+
+    Where that is so an axis of -1 counts as 1.
+    """
+    sizes = [config.mesh[axis] for axis in sharding.AXES]
+    num_devices = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        num_devices = max(num_devices, jax.device_count())
+    return sharding.abstract_mesh(config.mesh, num_devices)
 
 
 @dataclasses.dataclass(frozen=True)

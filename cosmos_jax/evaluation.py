@@ -19,8 +19,8 @@ from cosmos_jax import distributed, latents, pipeline, provenance, sharding, wor
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
 from cosmos_jax.errors import UserError
-from cosmos_jax.generate import Sample, read_samples
 from cosmos_jax.run import Run
+from cosmos_jax.samples import Sample, read_samples
 from cosmos_jax.scores import frechet, protocols
 from cosmos_jax.scores.score import JACKKNIFE, jackknife
 from cosmos_jax.train import Totals, add, make_validation, means

@@ -110,6 +110,13 @@ def _weights_among(names: Iterable[str]) -> list[str]:
     return []
 
 
+def files(directory: Path) -> list[Path]:
+    """Those of a model in a directory: config, weights in the preferred format, tokenizer."""
+    there = {path.name for path in directory.iterdir() if path.is_file()}
+    names = [name for name in ("config.json", *TOKENIZER) if name in there]
+    return [directory / name for name in (*names, *_weights_among(there))]
+
+
 # What is in them
 
 

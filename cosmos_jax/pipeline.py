@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_jax import config as config_lib
-from cosmos_jax import feature_cache, measure, sharding, trained
+from cosmos_jax import distributed, exported, feature_cache, measure, pretrained, sharding, trained
 from cosmos_jax.baselines import BASELINES
 from cosmos_jax.data.batches import Batch
 from cosmos_jax.errors import UserError
@@ -53,7 +53,7 @@ def autoencoder_stage(run: Run) -> tuple[Cosmos, Stage]:
         if run.config.autoencoder.pretrained:
             raise UserError(
                 f"config.autoencoder.pretrained: {directory} holds no checkpoint; "
-                "give the workdir of a run whose autoencoder is trained"
+                "give the workdir of a run whose autoencoder is trained, or an exported directory"
             )
         vocabulary = measure.vocabulary(run)
         model = cosmos.build(run.config, len(vocabulary))
@@ -88,11 +88,17 @@ def diffusion_stage(run: Run) -> Finished:
     if model.conditional:
         weights |= trained.no_source(run, model, weights)
     statistics = trained.statistics(run.workdir / "diffusion")
+    begins = statistics is None and bool(pretrained.directory(run, "diffusion"))
+    if begins:
+        statistics = pretrained.statistics(run, "diffusion")
+        pretrained.require_same_autoencoder(run, first, autoencoder_directory(run), step, weights)
     if statistics is None:
         statistics = measure.latents(run, model, weights)
     weights |= trained.place_statistics(run, statistics)
     frozen = {name: value for name, value in weights.items() if name != "decompressor"}
     second = diffusion.make(run.config, model, frozen, statistics, run.dataset.fingerprint, step)
+    if begins:
+        second = pretrained.begin(run, second)
     return Finished(model, {"autoencoder": first, "diffusion": second}, weights, second.provenance)
 
 
@@ -104,6 +110,9 @@ def baseline_stage(run: Run) -> tuple[Any, Stage]:
     if conditional:
         frozen |= trained.encoder_weights(run)
     statistics = trained.statistics(run.workdir / name)
+    begins = statistics is None and bool(pretrained.directory(run, name))
+    if begins:
+        statistics = pretrained.statistics(run, name)
     if statistics is None:
         statistics = {"vocabulary": measure.vocabulary(run)}
         if conditional:
@@ -111,7 +120,8 @@ def baseline_stage(run: Run) -> tuple[Any, Stage]:
             statistics |= measure.states(run, model, frozen, name)
     model = baseline.build(run.config, len(statistics["vocabulary"]))
     frozen |= trained.place_statistics(run, statistics)
-    return model, baseline.stage(run.config, model, frozen, statistics, run.dataset.fingerprint)
+    stage = baseline.stage(run.config, model, frozen, statistics, run.dataset.fingerprint)
+    return model, pretrained.begin(run, stage) if begins else stage
 
 
 def finished(run: Run) -> Finished:
@@ -143,6 +153,11 @@ def _finished_baseline(run: Run) -> Finished:
 
 def train_stage(run: Run, name: str) -> None:
     """Trains a stage, or goes on, or finds that it is done."""
+    if distributed.on_first(lambda: exported.is_exported(run.workdir)):
+        raise UserError(
+            f"{run.workdir} is an exported model, which is not trained any further: choose another "
+            "--workdir and name this one as `pretrained` of the stages in the config"
+        )
     if name == "autoencoder" and run.config.autoencoder.pretrained:
         logger.info("autoencoder: taken from %s", run.config.autoencoder.pretrained)
         return
@@ -188,13 +203,18 @@ def _free_cache(run: Run, name: str) -> None:
 def _parameters(run: Run, stage: Stage, directory: Path) -> tuple[int, Weights]:
     """The step and parameters of a finished stage; UserError if those of its end are damaged."""
     step, params = trained.parameters(stage, run, directory)
-    at_its_end = step >= stage.settings.steps or directory.parent != run.workdir
+    at_its_end = step >= stage.settings.steps or _elsewhere(run, directory)
     if not (at_its_end or stage.settings.best_metric):
         raise UserError(
             f"{directory}: the checkpoint of step {stage.settings.steps} cannot be read: "
             f"--stage={stage.name} trains it again from step {step}"
         )
     return step, params
+
+
+def _elsewhere(run: Run, directory: Path) -> bool:
+    """Whether a stage is taken as it is: not from a folder that this run trains in."""
+    return directory.parent != run.workdir or trained.is_exported(directory)
 
 
 def _require_same_autoencoder(run: Run, stage: Stage, step: int) -> None:
@@ -213,6 +233,8 @@ def _require_finished(run: Run, name: str, directory: Path) -> None:
     """UserError if a stage is not done."""
     if name == "autoencoder" and run.config.autoencoder.pretrained:
         return  # whatever was trained there will do
+    if trained.is_exported(directory):
+        return  # only what is finished is exported
     step = trained.newest_step(directory)
     if step is None:
         raise UserError(

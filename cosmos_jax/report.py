@@ -164,7 +164,8 @@ def _progress(found: Entry) -> list[tuple[str, float, str]]:
     for stage in _stages(config):
         steps = [entry["step"] for entry in found["metrics"] if entry.get("stage") == stage]
         done, total = max([found["checkpoints"][stage], *steps]), config[f"{stage}.steps"]
-        if source := config.get(f"{stage}.pretrained"):
+        source = config.get(f"{stage}.pretrained")
+        if source and stage == "autoencoder":  # the others only begin with what is there
             rows.append((stage, 1.0, f"taken from {source}"))
         else:
             rows.append((stage, *_share(done, total, "steps", done >= total)))

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from cosmos_jax import generate, metrics, workdir
+from cosmos_jax import metrics, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
+from cosmos_jax.samples import read_samples
 from cosmos_jax.scores import table as score_table
 
 NUM_EXAMPLES = 5
@@ -70,7 +71,7 @@ def _validation(directory: Path, *, first: bool) -> dict[str, dict[str, Any]]:
 
 def _examples(run: Run) -> list[str]:
     """The first samples, in conditional tasks beside their references, otherwise any real texts."""
-    samples = generate.read_samples(run.workdir / "samples.jsonl")[:NUM_EXAMPLES]
+    samples = read_samples(run.workdir / "samples.jsonl")[:NUM_EXAMPLES]
     rows = [run.dataset.test[i] for i in range(min(len(samples), len(run.dataset.test)))]
     real = tokens.round_trip(
         run.encoder.tokenizer, [row.text for row in rows], run.config.data.max_length

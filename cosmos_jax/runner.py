@@ -13,10 +13,10 @@ from cosmos_jax import (
     encoder,
     evaluation,
     examples,
-    generate,
     metrics,
     pipeline,
     results,
+    samples,
     sharding,
     timing,
 )
@@ -68,7 +68,7 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
                     pipeline.train_stage(run, name)
                     examples.write(run)
                 elif name == "generate":
-                    generate.generate(run)
+                    samples.generate(run)
                 else:
                     evaluation.evaluate(run)
         if "evaluate" in wanted and distributed.is_first():

@@ -1,6 +1,15 @@
-"""From keys, and sources where there are any, to token ids: one compiled function."""
+"""Latents by diffusion, and from keys and sources to token ids: pure functions, to be compiled.
+
+A run may begin at a text instead of at noise, at the time t whose noise has a given share of the
+variance, its strength s (SDEdit, arXiv 2108.01073):
+
+    (1) x_t = alpha_t x_0 + sigma_t eps,  sigma_t^2 = s,  lambda_t = log((1 - s) / s) / 2
+
+It ends at the run's usual last time, or, where it begins near that or below, at half its own.
+"""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +25,16 @@ from cosmos_jax.stages.base import Source
 Condition = tuple[tuple[KeysValues, ...], jax.Array]
 """Keys and values of each block of the denoiser, and the mask of their positions."""
 
+Refine = Callable[[jax.Array, jax.Array], jax.Array]
+"""(x_0 [B, N, D], sigma_t) -> x_0: changes each estimate of the clean latents; see `guides.py`."""
+
+
+class Start(NamedTuple):
+    """Where a run begins: standardised latents [B, N, D] and a strength between 0 and 1."""
+
+    x_0_BxNxD: jax.Array
+    strength: jax.Array | float
+
 
 def make_generator(
     config: ConfigDict, model: Cosmos
@@ -24,37 +43,74 @@ def make_generator(
 
     A text is a function of its own key and source, not of the batch around it.
     """
-    settings = config.diffusion
-    schedule = TanSchedule(settings.schedule_d)
-    times = samplers.TIME_GRIDS[settings.time_grid](
-        schedule, settings.num_sampling_steps, settings.min_time
-    )
-    rescale = process.RESCALE[settings.rescale]
-    shape = (config.autoencoder.num_latents, config.encoder.hidden_size)
+    draw = make_sampler(config, model)
 
     def generate(weights: Weights, keys_B: jax.Array, source: Source | None) -> jax.Array:
+        x_0 = draw(weights, keys_B, source)
+        return model.decode(weights, model.unstandardise(weights, x_0))
+
+    return generate
+
+
+def make_sampler(config: ConfigDict, model: Cosmos) -> Callable[..., Any]:
+    """(weights, keys [B], source, *, start, refine, trace) -> standardised latents [B, N, D] fp32.
+
+    What is returned is a function of these arguments:
+      keys [B]: noise of each text.
+      source: token ids and mask [B, S], or None.
+      start: a `Start`; None: noise alone.
+      refine: a `Refine`; None: estimates stay as they are.
+      trace: also return the estimate of x_0 in each step, [steps, B, N, D].
+    """
+    settings = config.diffusion
+    schedule = TanSchedule(settings.schedule_d)
+    make_times = samplers.TIME_GRIDS[settings.time_grid]
+    rescale = process.RESCALE[settings.rescale]
+    shape = (config.autoencoder.num_latents, config.encoder.hidden_size)
+    steps = settings.num_sampling_steps
+
+    def draw(
+        weights: Weights,
+        keys_B: jax.Array,
+        source: Source | None = None,
+        *,
+        start: Start | None = None,
+        refine: Refine | None = None,
+        trace: bool = False,
+    ) -> Any:
         weights = model.for_sampling(weights)
         condition: Condition | tuple[()] = ()
         if source is not None:
             condition = _condition(model, weights, source, settings.guidance != 1)
         denoise = _denoise(model, weights, condition, settings.guidance)
 
+        def estimate(x: jax.Array, t_B: jax.Array, self_condition: jax.Array) -> jax.Array:
+            x_0 = rescale(denoise(x, t_B, self_condition))
+            return x_0 if refine is None else refine(x_0, schedule.sigma(t_B[0]))
+
         def noise(step: jax.Array) -> jax.Array:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             return split_batch(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
-        x_0 = samplers.sample(
-            lambda *inputs: rescale(denoise(*inputs)),
+        x = noise(jnp.int32(steps + 1))  # no step has this number
+        times = make_times(schedule, steps, settings.min_time)
+        if start is not None:
+            odds = (1 - start.strength) / start.strength
+            first = schedule.time(jnp.log(odds) / 2)  # equation (1)
+            times = make_times(schedule, steps, jnp.minimum(settings.min_time, first / 2), first)
+            x = process.add_noise(schedule, start.x_0_BxNxD, first, x)
+        return samplers.sample(
+            estimate,
             schedule,
             settings.sampler,
-            noise(jnp.int32(len(times))),  # no step has this number
+            x,
             times,
             noise,
             answer=settings.answer,
+            trace=trace,
         )
-        return model.decode(weights, model.unstandardise(weights, x_0))
 
-    return generate
+    return draw
 
 
 def _condition(model: Cosmos, weights: Weights, source: Source, guided: bool) -> Condition:

@@ -22,8 +22,8 @@ from cosmos_jax import distributed, evaluation, pipeline, sharding, workdir
 from cosmos_jax.baselines import make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
-from cosmos_jax.generate import sample
 from cosmos_jax.run import Run
+from cosmos_jax.samples import sample
 from cosmos_jax.scores import protocols
 
 logger = logging.getLogger(__name__)

@@ -40,7 +40,12 @@ class TrainState(struct.PyTreeNode):
 def init_state(
     stage: Stage, transform: optax.GradientTransformation, key: jax.Array, frozen: Frozen
 ) -> TrainState:
-    params = stage.init(key, frozen)
+    return _first_state(stage, transform, stage.init(key, frozen))
+
+
+def _first_state(
+    stage: Stage, transform: optax.GradientTransformation, params: Params
+) -> TrainState:
     ema = params if stage.settings.ema_decay else None
     return TrainState(jnp.int32(0), params, ema, transform.init(params))
 
@@ -236,6 +241,13 @@ def _restore_or_init(
     shapes = jax.eval_shape(init, run.key("shapes"), stage.frozen)
     layout = sharding.layout(shapes, run.mesh)
     found = checkpoints.newest(_items(shapes_on(shapes, layout)))
+    if found is None and stage.begin is not None:
+
+        def begin(params: Params) -> TrainState:
+            # Copies: what a compiled function returns as it was given may not be donated twice.
+            return jax.tree.map(jnp.copy, _first_state(stage, transform, params))
+
+        return jax.jit(begin, out_shardings=layout)(stage.begin()), layout
     if found is None:
         key = run.key(f"{stage.name}/init")
         return jax.jit(init, out_shardings=layout)(key, stage.frozen), layout

@@ -1,17 +1,25 @@
-"""What the stages left in their folders, as weights on the mesh; see `models/cosmos.py`."""
+"""What the stages left in their folders, as weights on the mesh; see `models/cosmos.py`.
 
+A stage's folder is WORKDIR/STAGE. Where WORKDIR is an exported directory there is none, and what
+the folder would hold comes from there.
+"""
+
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from cosmos_jax import distributed, sharding
+from cosmos_jax import distributed, exported, sharding
 from cosmos_jax.checkpoint import Checkpoints, shapes_on
 from cosmos_jax.errors import UserError
 from cosmos_jax.models.cosmos import Cosmos, Weights, inverse_vocabulary
 from cosmos_jax.run import Run
 from cosmos_jax.stages.base import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def encoder_weights(run: Run) -> Weights:
@@ -41,15 +49,33 @@ def special_tokens(run: Run) -> Weights:
 
 def statistics(directory: Path) -> dict[str, np.ndarray] | None:
     """What a stage measured before it began, or None if it has no checkpoint yet."""
+    if is_exported(directory):
+        with distributed.together():
+            return exported.read_statistics(directory.parent, directory.name)
+    found = _measured(directory)
+    return None if found is None else jax.tree.map(np.asarray, found[1]["statistics"])
+
+
+def newest_provenance(directory: Path) -> dict[str, Any] | None:
+    """What a stage recorded with the newest checkpoint that can be read, or None."""
+    if is_exported(directory):
+        return distributed.on_first(lambda: _entry(directory)["provenance"])
+    found = _measured(directory)
+    return None if found is None else found[2]
+
+
+def _measured(directory: Path) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """The newest checkpoint with nothing of it but the statistics; see `Checkpoints.newest`."""
     if not _exists(directory):
         return None
     with Checkpoints(directory, read_only=True) as checkpoints:
-        found = checkpoints.newest({"statistics": None})
-    return None if found is None else jax.tree.map(np.asarray, found[1]["statistics"])
+        return checkpoints.newest({"statistics": None})
 
 
 def newest_step(directory: Path) -> int | None:
     """The newest step that a stage has saved, or None."""
+    if is_exported(directory):
+        return distributed.on_first(lambda: _entry(directory)["step"])
     if not _exists(directory):
         return None
     with Checkpoints(directory, read_only=True) as checkpoints:
@@ -59,6 +85,8 @@ def newest_step(directory: Path) -> int | None:
 
 def provenance(directory: Path, step: int) -> dict[str, Any]:
     """What a stage recorded with its checkpoint of a step."""
+    if is_exported(directory):
+        return distributed.on_first(lambda: _entry(directory)["provenance"])
     with Checkpoints(directory, read_only=True) as checkpoints:
         return checkpoints.metadata(step)
 
@@ -71,8 +99,10 @@ def parameters(
     They are of the newest checkpoint that can be read, or of the best one where
     `stage.settings.best_metric` says by what, unless `newest` is asked for.
     """
-    item = "ema" if stage.settings.ema_decay else "params"
     shapes = jax.eval_shape(stage.init, run.key("shapes"), stage.frozen)
+    if is_exported(directory):
+        return _exported_parameters(run, directory, shapes)
+    item = "ema" if stage.settings.ema_decay else "params"
     layout = sharding.layout(shapes, run.mesh)
     with Checkpoints(directory, read_only=True) as checkpoints:
         best = "" if newest else stage.settings.best_metric
@@ -82,6 +112,53 @@ def parameters(
             f"{directory} holds no checkpoint: run --stage={stage.name} first (or --stage=all)"
         )
     return found[0], found[1][item]
+
+
+def is_exported(directory: Path) -> bool:
+    """Whether WORKDIR/STAGE is a stage of an exported directory.
+
+    UserError if WORKDIR is one, but damaged.
+    """
+
+    def found() -> bool:
+        return (
+            not directory.exists()
+            and exported.is_exported(directory.parent)
+            and directory.name in exported.header(directory.parent)["stages"]
+        )
+
+    return distributed.on_first(found)
+
+
+def _entry(directory: Path) -> dict[str, Any]:
+    return exported.header(directory.parent)["stages"][directory.name]
+
+
+def _exported_parameters(run: Run, directory: Path, shapes: Any) -> tuple[int, Weights]:
+    """Step and parameters of an exported stage; UserError if they have other shapes."""
+    with distributed.together():
+        there = exported.header(directory.parent)["encoder"]
+        if there["fingerprint"] != run.encoder.fingerprint:
+            logger.warning(
+                "%s was trained with the text encoder %s and other weights of it than those of %s",
+                directory.parent,
+                there["name"],
+                run.encoder.name,
+            )
+        found = exported.read(directory.parent, directory.name)
+        asked, given = _shapes(shapes), _shapes(found.params)
+        for path in sorted(asked.keys() | given.keys()):
+            if asked.get(path) != given.get(path):
+                raise UserError(
+                    f"{directory.parent} is of another model: {directory.name}/params/{path} has "
+                    f"shape {given.get(path)} there and {asked.get(path)} here; take the sizes "
+                    "from its config.json or name another directory"
+                )
+    return found.step, sharding.put_tree(found.params, run.mesh)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
 def _exists(directory: Path) -> bool:

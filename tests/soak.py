@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +31,10 @@ import tiny as tiny_lib
 # Seconds after which a process that neither ends nor gets where it is to be killed has failed.
 PATIENCE = 300
 STEPS = 60  # of each stage
+
+# How a process kills itself: an event that Python audits, a part of the name of its file, the
+# number of the time that this happens, and the signal.
+Kill = tuple[str, str, int, signal.Signals]
 
 # A server forks the processes of the runs after these imports, which would take most of the time.
 context = multiprocessing.get_context("forkserver")
@@ -50,7 +55,7 @@ def config(tiny: tiny_lib.Tiny):
     )
 
 
-def _command(arguments: list[str], log: str, kill: tuple[str, int, signal.Signals] | None) -> None:
+def _command(arguments: list[str], log: str, kill: Kill | None) -> None:
     """The main command, as `python -m cosmos_jax.main` runs it."""
     if kill is not None:
         _kill_itself(*kill)
@@ -63,13 +68,13 @@ def _command(arguments: list[str], log: str, kill: tuple[str, int, signal.Signal
     commands.run(main.main, required=("config",))
 
 
-def _kill_itself(name: str, count: int, number: signal.Signals) -> None:
-    """Kills this process before it opens a file with `name` in its name for the `count`-th time."""
+def _kill_itself(what: str, name: str, count: int, number: signal.Signals) -> None:
+    """Kills this process before it does `what` to a file with `name` in its path again."""
     left = count
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if event == "open" and name in str(arguments[0]):
+        if event == what and name in str(arguments[0]):
             left -= 1
             if not left:
                 os.kill(os.getpid(), number)
@@ -77,9 +82,7 @@ def _kill_itself(name: str, count: int, number: signal.Signals) -> None:
     sys.addaudithook(hook)
 
 
-def start(
-    arguments: list[str], log: Path, kill: tuple[str, int, signal.Signals] | None = None
-) -> Any:
+def start(arguments: list[str], log: Path, kill: Kill | None = None) -> Any:
     """Starts a run in a process, which kills itself if it is told when and how."""
     process = context.Process(target=_command, args=(arguments, str(log), kill))
     process.start()
@@ -128,8 +131,16 @@ def kill_at(
     what = f"{number.name} at {moment}: exit status {process.exitcode}: {_tail(log)}"
     assert process.exitcode in expected, what
     if alive and number == signal.SIGTERM and process.exitcode == 0 and not ending:
-        assert b"stopped on request" in log.read_bytes()[logged:], what
+        said = log.read_bytes()[logged:].decode()
+        assert "stopped on request" in said, what
+        check_saved(workdir, said)
     return alive
+
+
+def check_saved(workdir: Path, said: str) -> None:
+    """What a process that was told to stop says to be saved is there."""
+    for stage, step in re.findall(r"stopped on request: (\w+) is saved at step (\d+)", said):
+        assert (workdir / stage / step).is_dir(), said
 
 
 def _tail(log: Path) -> str:

@@ -1,6 +1,10 @@
 """Checkpoints: items by themselves, damage, and those of another model."""
 
+import os
+import threading
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
@@ -173,6 +177,29 @@ def test_saving_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
         checkpoints.save(50_000, items(1), {})
         checkpoints.wait()
         assert checkpoints.steps() == [50_000]
+
+
+def test_a_save_goes_on_in_the_background(tmp_path, monkeypatch):
+    """The call returns while the file system hangs; then the arrays are no longer needed."""
+    rename, released, renamed = os.rename, threading.Event(), []
+
+    def slow(source, target):
+        released.wait(20)
+        renamed.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    given = jax.tree.map(jnp.array, items(1))
+    with Checkpoints(tmp_path / "stage") as checkpoints:
+        checkpoints.save(10, given, {})
+        assert not (tmp_path / "stage" / "10").exists()
+        for array in jax.tree.leaves(given):
+            array.delete()
+        released.set()
+        checkpoints.wait()
+    assert str(tmp_path / "stage" / "10") in map(str, renamed)
+    kernel = newest(tmp_path / "stage", params=description())[1]["params"]["layer"]["kernel"]
+    np.testing.assert_array_equal(kernel, items(1)["params"]["layer"]["kernel"])
 
 
 # Keeping the best

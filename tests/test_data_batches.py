@@ -113,6 +113,36 @@ def test_processes_share_one_global_batch():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in got]), value)
 
 
+class Recorded(list):
+    """Rows that note which of them were read."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("local", [np.array([0, 1]), np.array([1, 3])])
+def test_a_process_reads_only_its_own_rows(local):
+    data = Recorded(rows(12))
+    read = token_batches(data, local=local)
+    for step in range(5):
+        read(step)
+        own = batches.row_indices(3, step, 4, 12)[local]
+        assert data.read == own.tolist()
+        data.read.clear()
+    ordered = batches.OrderedBatches(
+        data, WordTokenizer(), max_length=4, max_source_length=4, batch_size=4, local=local
+    )
+    for index in range(3):
+        ordered(index)
+        assert data.read == (4 * index + local).tolist()
+        data.read.clear()
+
+
 def test_batch_holds_the_tokens_of_its_rows():
     batch = token_batches(rows(10, conditional=True))(0)
     for i, row in enumerate(batch["rows"]):

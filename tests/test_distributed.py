@@ -43,11 +43,14 @@ def test_compiled_programs_are_kept_unless_the_user_says_where(monkeypatch, tmp_
 
 TWO = """
 import sys
+import jax
 import numpy as np
-from cosmos_jax import distributed
+from cosmos_jax import distributed, sharding
 from cosmos_jax.errors import UserError
 
-distributed.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+distributed.start()
+assert jax.process_count() == 2
+assert jax.process_index() == int(sys.argv[1])
 first, called = distributed.is_first(), []
 
 
@@ -77,16 +80,38 @@ with distributed.together():
 large = np.array([2**40 + 1, -5, 0]) * (1 + first)
 assert distributed.add_up(large).tolist() == [3 * (2**40 + 1), -15, 0]
 assert distributed.in_turn(lambda: first) == first
+for sizes in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+    mine = [0, 1, 2] if first else [3, 4, 5]
+    # Devices that share the tensor axis share all rows.
+    assert sharding.local_rows(6, mesh).tolist() == (list(range(6)) if sizes[2] == 2 else mine)
 print("fine")
 """
 
 
 def test_two_processes_agree():
-    port = str(20_000 + os.getpid() % 10_000)
+    """One finds itself in a job of SLURM, the other one in one of Open MPI, with one address."""
+    job = os.getpid()
+    variables = [
+        {
+            "SLURM_JOB_ID": f"{job}",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        },
+        {
+            "OMPI_MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:1",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        },
+    ]
+    around = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_"))}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, str(i), port],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            [sys.executable, "-c", TWO, str(i)],
+            env=around | {"JAX_PLATFORMS": "cpu", **variables[i]},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

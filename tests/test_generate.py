@@ -1,186 +1,383 @@
-"""samples.jsonl: going on where a kill left it, and starting anew when the question changed."""
+"""The command that writes texts: streams, odd input, refusals; a stand-in writes them mostly."""
 
-import itertools
+import contextlib
+import gzip
+import io
 import json
-import shutil
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import tiny as tiny_lib
+from absl import flags
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cosmos_jax import distributed, evaluation, generate
-from cosmos_jax.baselines import MAKE_GENERATOR
-from cosmos_jax.runner import open_run, run_stages
-from cosmos_jax.scores import protocols
+import cosmos_jax
+from cosmos_jax import encoder, generate
+from cosmos_jax.data import incoming
+from cosmos_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+LONG = " ".join(["tree"] * 5_000)
+
+
+class StandIn:
+    """Answers a text with its words in capitals and its number, and notes what it was asked."""
+
+    def __init__(self, tiny, *, conditional=True):
+        self.conditional = conditional
+        self.config = tiny.pairs_config() if conditional else tiny.config()
+        self.tokenizer = encoder.load_tokenizer(str(tiny.encoder))
+        self.asked = []
+
+    def stream(self, num=None, *, sources=None, first=0, batch_size, **how):
+        self.asked.append(how)
+        given = sources if self.conditional else ["nothing"] * num
+        for start in range(0, len(given), batch_size):
+            part = given[start : start + batch_size]
+            yield [f"{first + start + i} {_capitals(text)}" for i, text in enumerate(part)]
+
+    def reconstruct(self, texts):
+        return [_capitals(text) for text in texts]
+
+    def edit(self, texts, strength, **how):
+        self.asked.append({"strength": strength, **how})
+        return self.reconstruct(texts)
+
+    def infill(self, texts, **how):
+        self.asked.append(how)
+        return self.reconstruct(texts)
+
+
+def _capitals(text):
+    assert text.strip(), "a text without tokens came through"
+    return " ".join(text.upper().split()[:3])
 
 
 @pytest.fixture
-def workdir(finished_pairs, tmp_path):
-    """A copy of a conditional run whose texts may be changed."""
-    return shutil.copytree(finished_pairs, tmp_path / "run")
+def model(tiny, monkeypatch):
+    """A conditional stand-in, which is what `load` gives."""
+    stand_in = StandIn(tiny)
+    monkeypatch.setattr(cosmos_jax, "load", lambda name: stand_in)
+    return stand_in
 
 
-def rewind(workdir, count, ending=""):
-    """Leaves the first texts, marked as old, in the partial file, and what a kill left."""
-    samples = tiny_lib.read_rows(workdir / "samples.jsonl")
-    (workdir / "samples.jsonl").unlink()
-    partial = workdir / "samples.partial.jsonl"
-    tiny_lib.write_rows(partial, [{**sample, "text": "old"} for sample in samples[:count]])
-    with partial.open("a") as file:
-        file.write(ending)
-    return samples
+@pytest.fixture
+def texts_model(tiny, monkeypatch):
+    stand_in = StandIn(tiny, conditional=False)
+    monkeypatch.setattr(cosmos_jax, "load", lambda name: stand_in)
+    return stand_in
 
 
-def generated(workdir):
-    samples = tiny_lib.read_rows(workdir / "samples.jsonl")
-    assert not (workdir / "samples.partial.jsonl").exists()
-    return samples
+def run(*arguments, **values):
+    options = flags.FlagValues()
+    generate.define_flags(options)
+    given = {"model": "MODEL", **values}
+    options(["generate", *(f"--{name}={value}" for name, value in given.items()), *arguments])
+    generate.run(options)
 
 
-@pytest.mark.parametrize(("kept", "ending"), [(4, ""), (5, ""), (4, '{"text": "tal'), (4, "{}\n{")])
-def test_texts_that_are_there_are_kept(tiny, workdir, kept, ending):
-    """In batches of 4: what goes beyond the first is made again."""
-    expected = rewind(workdir, kept, ending)
-    run_stages(tiny.pairs_config(), workdir, "generate")
-    samples = generated(workdir)
-    assert [sample["text"] for sample in samples[:4]] == ["old"] * 4
-    assert samples[4:] == expected[4:]
-
-
-def test_all_texts_were_there(tiny, workdir, monkeypatch):
-    rewind(workdir, 6)
-    monkeypatch.delitem(MAKE_GENERATOR, "cosmos")
-    run_stages(tiny.pairs_config(), workdir, "generate")
-    assert [sample["text"] for sample in generated(workdir)] == ["old"] * 6
-
-
-@pytest.mark.parametrize("name", ["samples.jsonl", "samples.partial.jsonl"])
-def test_texts_of_another_sampler_are_cleared_away(tiny, workdir, name):
-    if name == "samples.partial.jsonl":
-        rewind(workdir, 4)
-    else:
-        samples = tiny_lib.read_rows(workdir / name)
-        tiny_lib.write_rows(workdir / name, [{**sample, "text": "old"} for sample in samples])
-    run_stages(tiny.pairs_config(diffusion__answer="x0"), workdir, "generate")
-    samples = generated(workdir)
-    assert len(samples) == 6
-    assert "old" not in {sample["text"] for sample in samples}
-    identity = json.loads((workdir / "generation.json").read_text())["identity"]
-    assert identity["answer"] == "x0"
-
-
-def test_fewer_texts_are_the_first_ones(tiny, workdir, monkeypatch):
-    expected = tiny_lib.read_rows(workdir / "samples.jsonl")
-    monkeypatch.delitem(MAKE_GENERATOR, "cosmos")
-    run_stages(tiny.pairs_config(generate__num_texts=3), workdir, "generate")
-    assert generated(workdir) == expected[:3]
-
-
-def test_a_stop_is_after_a_whole_batch(tiny, workdir, monkeypatch):
-    expected = rewind(workdir, 0)
-    monkeypatch.setattr(distributed, "preempted", lambda: True)
-    with pytest.raises(distributed.Preempted, match="generate: 4 texts are saved"):
-        run_stages(tiny.pairs_config(), workdir, "generate")
-    assert tiny_lib.read_rows(workdir / "samples.partial.jsonl") == expected[:4]
-    monkeypatch.undo()
-    run_stages(tiny.pairs_config(), workdir, "generate")
-    assert generated(workdir) == expected
-
-
-def test_texts_depend_on_the_seed(tiny, workdir):
-    expected = rewind(workdir, 0)
-    (workdir / "samples.partial.jsonl").unlink()
-    for seed, same in ((0, True), (1, False)):
-        # Below the check of the config, as the run was trained with seed 0.
-        generate.generate(open_run(tiny.pairs_config(seed=seed), workdir))
-        samples = generated(workdir)
-        assert (samples == expected) is same
-        assert [s["source"] for s in samples] == [s["source"] for s in expected]
-        (workdir / "samples.jsonl").unlink()
-
-
-def score_texts(run, workdir):
-    """Values by name, and the texts they are of."""
-    texts = evaluation.texts_of(run, generate.read_samples(workdir / "samples.jsonl"))
-    state = {"scores": {}, "done": [], "problems": {}}
-    for name, piece in protocols.pieces(texts).items():
-        state = protocols.compute(state, name, piece)
-    return state, protocols.summary(texts)
-
-
-def test_perfect_texts_get_full_marks(tiny, workdir):
-    rows = tiny_lib.read_rows(tiny.pairs / "test.jsonl")[:6]
-    samples = [
-        {"text": row["target"], "source": row["source"], "reference": row["target"]} for row in rows
+def test_any_line_has_its_own_line(model, tmp_path, caplog):
+    """Bytes as they are found in the wild; each is answered where it stands."""
+    path, out = tmp_path / "sources", tmp_path / "out.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbfthe tree\r\n"  # a byte order mark, CRLF
+        b"\n"
+        b"  \t\r\n"
+        b"a\0 king\n"
+        b"\xf0\x9f\x8c\xb3 bird\n"  # an emoji
+        b"red \xff\xfe bird\n"  # not UTF-8
+        b"\x01\x02\n" + LONG.encode() + b"\n{not json\n"  # no tokens
+        b"cloud\xe2\x80\xa8river\n"  # LINE SEPARATOR ends no line
+        b"[SEP] stone\n"
+        b"last"  # no end
+    )
+    caplog.set_level(logging.INFO, "cosmos_jax")
+    run(input=path, output=out, batch_size=5)
+    rows = tiny_lib.read_rows(out)
+    assert [row["source"] for row in rows] == [
+        *("the tree", "", "", "a\0 king", "\U0001f333 bird", "red \ufffd\ufffd bird", "\x01\x02"),
+        *(LONG, "{not json", "cloud\u2028river", "[SEP] stone", "last"),
     ]
-    tiny_lib.write_rows(workdir / "samples.jsonl", samples)
-    run = tiny.run(workdir, tiny.pairs)
-    state, _ = score_texts(run, workdir)
-    values = {name: score["value"] for name, score in state["scores"].items()}
-    assert values["rougeL"] == pytest.approx(100)
-    assert values["bleu"] == pytest.approx(100)
-    assert values["encoder_bertscore_f1"] == pytest.approx(1, abs=1e-5)
-    for name in ("diversity", "unigram_entropy"):
-        assert values[name] == state["scores"][name]["real"]
-    assert values["memorisation"] == 0
-    assert list(state["problems"]) == ["encoder_mauve"]
-    train = tiny_lib.read_rows(tiny.pairs / "train.jsonl")
-    for sample, row in zip(samples, train, strict=False):
-        sample["text"] = row["target"]
-    samples[0]["text"] = ""
-    tiny_lib.write_rows(workdir / "samples.jsonl", samples)
-    state, summary = score_texts(run, workdir)
-    assert state["scores"]["memorisation"]["value"] == 1
-    assert summary["generated"]["empty"] == 1
-    assert state["scores"]["bleu"]["value"] < 10
-    # What has no tokens has no BERTScore: that is said, not averaged away.
-    assert "encoder_bertscore_f1" not in state["scores"]
-    assert "text 1 is empty" in state["problems"]["encoder_bert_score"]
+    assert [row["text"] for row in rows] == [
+        *("0 THE TREE", "", "", "1 A\0 KING", "2 \U0001f333 BIRD", "3 RED \ufffd\ufffd BIRD", ""),
+        *("4 TREE TREE TREE", "5 {NOT JSON", "6 CLOUD RIVER", "7 [SEP] STONE", "8 LAST"),
+    ]
+    loaded, *notes = [record.message for record in caplog.records]
+    assert loaded == (
+        "MODEL: cosmos, texts of up to 12 tokens for sources of up to 10, 4 latents of width 768"
+    )
+    assert notes == [
+        "1 of 12 lines were cut to the 10 tokens that the model reads",
+        "3 of 12 lines were without a token: their texts are empty",
+        "1 of 12 lines were not UTF-8: what could not be read was replaced by U+FFFD",
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "sources"]
 
 
-def test_evaluation_goes_on_after_the_last_batch_and_score(tiny, workdir, monkeypatch):
-    """What is there is kept, even if it is wrong: nothing of it is computed again."""
-    expected = json.loads((workdir / "evaluation.json").read_text())
-    (workdir / "evaluation.json").unlink()
-    config = tiny.pairs_config(evaluate__batch_size=4)
-    calls = itertools.count(1)
-    # Of 10 texts in 3 batches for each stage: one stop after 2, one after the second score.
-    monkeypatch.setattr(distributed, "preempted", lambda: next(calls) in (2, 2 + 1 + 3 + 2))
-    states = []
-    for _ in range(2):
-        with pytest.raises(distributed.Preempted, match="evaluate: what is done is saved"):
-            run_stages(config, workdir, "evaluate")
-        partial = workdir / "evaluation.partial.json"
-        states.append(json.loads(partial.read_text()))
-    assert states[0]["sums"]["texts"] == 8
-    assert list(states[1]["held_out"]) == ["autoencoder", "diffusion"]
-    # The first one is MAUVE, for which there are too few texts.
-    assert states[1]["done"] == ["ngram_perplexity"]
-    assert list(states[1]["problems"]) == ["encoder_mauve"]
-    states[1]["scores"]["ngram_perplexity"]["value"] = -77
-    partial.write_text(json.dumps(states[1]))
-    run_stages(config, workdir, "evaluate")
-    assert not partial.exists()
-    found = json.loads((workdir / "evaluation.json").read_text())
-    expected["scores"]["ngram_perplexity"]["value"] = -77
-    for name, score in expected["scores"].items():
-        assert found["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-5)
-    assert found["problems"] == expected["problems"]
-    for stage, values in expected["held_out"].items():
-        for name, value in values.items():
-            assert found["held_out"][stage][name] == pytest.approx(value, rel=1e-5)
+@pytest.mark.parametrize("content", [b"", b"\n", b"\n \n\x00\n"])
+def test_nothing_is_asked_of_the_model_for_nothing(model, tmp_path, content):
+    path, out = tmp_path / "sources", tmp_path / "out"
+    path.write_bytes(content)
+    run(input=path, output=out)
+    assert out.read_bytes() == b"\n" * content.count(b"\n")
+    assert model.asked == []
 
 
-def test_a_problem_is_tried_again_and_nothing_else_is(workdir, tiny, monkeypatch):
-    path = workdir / "evaluation.json"
-    before = path.read_text()
-    assert json.loads(before)["problems"]
-    monkeypatch.delattr(evaluation, "held_out_sums")
-    run_stages(tiny.pairs_config(), workdir, "evaluate")
-    assert path.read_text() == before
-    score = {"value": 0.5, "flags": {}, "signature": "", "protocol": "offline"}
-    monkeypatch.setattr(protocols, "_entries", lambda *_: {"encoder_mauve": score})
-    run_stages(tiny.pairs_config(), workdir, "evaluate")
-    found = json.loads(path.read_text())
-    assert found["problems"] == {}
-    assert found["scores"].pop("encoder_mauve") == score
-    assert found["scores"] == json.loads(before)["scores"]
+def test_objects_are_told_from_texts(model, tmp_path):
+    rows = [
+        {"source": "the tree", "text": "old", "n": 1},
+        {"text": "a king"},
+        {"source": "half \ud83c"},
+    ]
+    lines = "\n" + "\n\n".join(json.dumps(row) for row in rows)
+    expected = ["", "0 THE TREE", "", "1 A KING", "", "2 HALF \ufffd"]
+    out = tmp_path / "out"
+    for name in ("rows", "rows.jsonl", "rows.jsonl.gz"):
+        path = tmp_path / name
+        content = lines.encode() + b"\n"
+        path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        run(input=path, output=out)
+        assert out.read_text().split("\n") == [*expected, ""]
+    # The name of the file counts before its first line.
+    (tmp_path / "rows.txt").write_text('{"source": "the tree"}\n')
+    run(input=tmp_path / "rows.txt", output=out)
+    assert out.read_text() == '0 {"SOURCE": "THE TREE"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"source": "a', "rows:3: not valid JSON"),
+        ("a king", "rows:3: not valid JSON"),
+        ('{"title": "a"}', "rows:3: needs a JSON object with the text 'source' or 'text'"),
+        ('{"source": 3}', "rows:3: needs a JSON object"),
+        ('["source"]', "rows:3: needs a JSON object"),
+        ("[" * 100_000, "rows:3: not valid JSON"),
+    ],
+)
+def test_lines_before_a_broken_one_are_answered(model, tmp_path, line, message):
+    path, out = tmp_path / "rows", tmp_path / "out"
+    path.write_text('{"source": "tree"}\n{"source": "king"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        run(input=path, output=out)
+    assert not out.exists()
+    assert (tmp_path / ".out.partial").read_text() == "0 TREE\n1 KING\n"
+
+
+def test_a_broken_first_object_is_no_text(model, tmp_path):
+    (tmp_path / "rows").write_text('{"source": "a king\n')
+    with pytest.raises(UserError, match="rows:1: not valid JSON"):
+        run(input=tmp_path / "rows", output=tmp_path / "out")
+    assert os.listdir(tmp_path) == ["rows"]
+
+
+@contextlib.contextmanager
+def piped(monkeypatch):
+    """A pipe as standard input; what writes to it."""
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as file, os.fdopen(write, "wb", buffering=0) as end:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        yield end
+
+
+def test_answers_come_before_the_next_line_does(model, tmp_path, monkeypatch):
+    """Through a pipe that stays open, as of `tail -f`; were anything held back, this would hang."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with piped(monkeypatch) as end:
+        thread = threading.Thread(target=run, kwargs={"input": "-", "output": fifo})
+        thread.start()
+        with open(fifo, encoding="utf-8") as answers:
+            end.write(b"tree\n")
+            assert answers.readline() == "0 TREE\n"
+            end.write(b"\nbird\nhal")
+            assert answers.readline() == "\n"
+            assert answers.readline() == "1 BIRD\n"
+            end.write(b"f")
+            end.close()
+            assert answers.read() == "2 HALF\n"
+        thread.join()
+    assert fifo.is_fifo()
+
+
+class Chunks:
+    """A file of which each reading gives the next chunk."""
+
+    def __init__(self, chunks):
+        self.chunks = [chunk for chunk in chunks if chunk]
+
+    def read1(self, _):
+        return self.chunks.pop(0) if self.chunks else b""
+
+
+@given(
+    chunks=st.lists(st.text("ab\n\r\x85é", max_size=6).map(str.encode), max_size=6),
+    cuts=st.lists(st.booleans(), min_size=8, max_size=8),
+    size=st.integers(1, 4),
+)
+def test_batches_are_the_lines_however_they_come(chunks, cuts, size):
+    class Lines(incoming.Incoming):
+        def _more(self):
+            return cuts[len(self.file.chunks)]
+
+    lines = Lines(Chunks(chunks), "lines", objects=False)
+    batches = list(lines.batches(size, ("text",)))
+    assert all(0 < len(batch) <= size for batch in batches)
+    # Python's own splitting of a whole file.
+    whole = io.TextIOWrapper(io.BytesIO(b"".join(chunks)), "utf-8", newline="\n")
+    expected = [line.removesuffix("\n").removesuffix("\r") for line in whole]
+    expected = [line if line.strip() else "" for line in expected]
+    assert [text for batch in batches for (text,) in batch] == expected
+
+
+def test_texts_from_nothing(texts_model, tmp_path):
+    out = tmp_path / "out"
+    run(output=out)
+    assert out.read_text().splitlines() == [f"{i} NOTHING" for i in range(8)]
+    run(num=3, seed=5, steps=7, sampler="ddim", batch_size=2, format="jsonl", output=out)
+    assert tiny_lib.read_rows(out) == [{"text": f"{i} NOTHING"} for i in range(3)]
+    how = {"seed": 5, "steps": 7, "sampler": "ddim", "guidance": None, "best_of": 1}
+    assert texts_model.asked[-1] == how
+
+
+def test_what_the_modes_ask_for(tiny, monkeypatch, tmp_path):
+    path, out = tmp_path / "rows", tmp_path / "out.jsonl"
+    tiny_lib.write_rows(path, [{"source": "a king", "text": "the tree"}])
+    how = {"seed": 0, "first": 0, "steps": None, "sampler": None, "guidance": 2.0}
+    for conditional in (True, False):
+        stand_in = StandIn(tiny, conditional=conditional)
+        monkeypatch.setattr(cosmos_jax, "load", lambda name, m=stand_in: m)
+        sources = {"sources": ["a king"]} if conditional else {}
+        run(input=path, output=out, edit=0, guidance=2)
+        assert stand_in.asked.pop() == {"strength": 0.0, **how, **sources}
+        run("--infill", input=path, output=out, guidance=2)
+        assert stand_in.asked.pop() == {**how, **sources}
+        run("--reconstruct", input=path, output=out)
+        assert tiny_lib.read_rows(out) == [{"source": "the tree", "text": "THE TREE"}]
+    run("--reconstruct", input=path, output=out, format="text")
+    assert out.read_text() == "THE TREE\n"
+
+
+def test_a_change_of_a_conditional_text_needs_its_source(model, tmp_path):
+    (tmp_path / "texts").write_text("the tree\n")
+    with pytest.raises(UserError, match="texts:1: needs a JSON object with the text 'text' and 's"):
+        run("--infill", input=tmp_path / "texts", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model="], "--model=NAME is missing"),
+        (["--edit=1.5", "--input=-"], "--edit=1.5: from 0"),
+        (["--edit=nan", "--input=-"], "--edit=nan: from 0"),
+        (["--edit=0", "--infill", "--input=-"], "--edit and --infill: choose one"),
+        (["--infill"], "--infill needs texts: give --input=FILE"),
+        (["--num=3", "--input=-"], "--num says nothing with --input"),
+        (["--reconstruct", "--steps=3", "--input=-"], "--steps says nothing with --reconstruct"),
+        (["--input=missing/file"], "missing/file: cannot be read: No such file"),
+        (["--input=."], ".: cannot be read: Is a directory"),
+        (["--output=missing/file"], "--output=missing/file: there is no folder missing"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(arguments, message, monkeypatch):
+    monkeypatch.delattr(cosmos_jax, "__getattr__")
+    monkeypatch.delitem(cosmos_jax.__dict__, "load", raising=False)
+    with pytest.raises(UserError) as refused:
+        run(*arguments)
+    assert str(refused.value).startswith(message)
+
+
+def test_a_model_that_does_not_go_with_the_input(model, tiny, tmp_path):
+    (tmp_path / "sources").write_text("tree\n")
+    with pytest.raises(UserError, match="MODEL writes a text for a source: give --input"):
+        run()
+    model.conditional = False
+    with pytest.raises(UserError, match="MODEL takes no sources: leave out --input, or give --ed"):
+        run(input=tmp_path / "sources")
+
+
+def test_an_interrupt_keeps_what_was_written(model, tmp_path, monkeypatch, capsys, caplog):
+    stream = model.stream
+
+    def interrupted(*, first, **how):
+        if first == 2:
+            raise KeyboardInterrupt
+        return stream(first=first, **how)
+
+    monkeypatch.setattr(model, "stream", interrupted)
+    (tmp_path / "sources").write_text("tree\n\nbird\nking\n")
+    out = tmp_path / "out"
+    out.write_text("of another run")
+    with pytest.raises(SystemExit) as stopped:
+        run(input=tmp_path / "sources", output=out, batch_size=3)
+    assert stopped.value.code == 130
+    assert out.read_text() == "of another run"
+    assert (tmp_path / ".out.partial").read_text() == "0 TREE\n\n1 BIRD\n"
+    assert f"what there was until then is in {tmp_path}/.out.partial" in caplog.text
+    assert "1 of 4 lines were without a token" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_line(texts_model):
+    with pytest.raises(UserError, match="--output=/dev/full: cannot be written: No space left"):
+        run(output="/dev/full")
+
+
+def command(*arguments, **how):
+    return subprocess.Popen(
+        [sys.executable, "-m", "cosmos_jax.generate", *arguments],
+        **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how},
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--inptu=FILE", "Unknown command line flag 'inptu'. Did you mean: input ?"),
+        ("--num=0", "flag --num=0: Expected integer in the range"),
+        ("runs/xsum", "unexpected argument 'runs/xsum'; flags begin with --"),
+    ],
+)
+def test_a_slip_is_one_line(argument, message):
+    out, errors = command("--model=MODEL", argument).communicate(timeout=300)
+    assert out == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+
+
+def test_a_closed_pipe_is_the_end(finished):
+    """As of `| head -1`."""
+    process = command(f"--model={finished}", "--num=100000", "--batch_size=1")
+    assert set(process.stdout.readline().split()) <= {*tiny_lib.WORDS}
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=300) == 0
+    assert errors.count("\n") == 1, errors
+    assert errors.endswith(
+        f" {finished}: cosmos, texts of up to 12 tokens, 4 latents of width 32\n"
+    )
+
+
+def test_texts_do_not_depend_on_how_lines_come(finished_pairs, tmp_path, monkeypatch):
+    """With a model, and against the library asked for all of them at once."""
+    model = cosmos_jax.load(finished_pairs)
+    monkeypatch.setattr(cosmos_jax, "load", lambda name: model)
+    rows = tiny_lib.read_rows(finished_pairs / "samples.jsonl")[:4]
+    for row in rows:
+        row["text"] = f"the [MASK] {row['text']}"
+    texts, sources = [row["text"] for row in rows], [row["source"] for row in rows]
+    rows.insert(2, {"source": "", "text": ""})
+    path, out = tiny_lib.write_rows(tmp_path / "rows", rows), tmp_path / "out"
+    for arguments, expected in (
+        ([], model.generate(sources=sources, seed=3)),
+        (["--edit=0.9"], model.edit(texts, 0.9, sources=sources, seed=3)),
+        (["--infill"], model.infill(texts, sources=sources, seed=3)),
+    ):
+        run(*arguments, input=path, output=out, batch_size=2, seed=3)
+        assert out.read_text().splitlines() == [*expected[:2], "", *expected[2:]]

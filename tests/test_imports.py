@@ -11,7 +11,7 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 LAYERS = """
     __init__ errors
     commands config distributed optimizer peaks provenance torch_gpt2 data.tokens data.files
-    scores.score scores.batches scores.table
+    scores.score scores.batches scores.table data.incoming
     sharding checkpoint workdir data.sources scores.ngrams scores.frechet
     report
     metrics timing data.jsonl data.tables data.holding_out data.batches
@@ -26,17 +26,17 @@ LAYERS = """
     scores.bertscore classifier
     scores.detoxification
     scores.protocols
-    diffusion.samplers stages.base run
+    diffusion.samplers stages.base run exported
     stages.autoencoder stages.diffusion stages.autoregressive stages.masked
     sampling decoding unmasking trained train measure feature_cache latents
-    baselines
-    describe convert parity pipeline
-    generate examples
-    evaluation evaluate results
+    baselines pretrained
+    describe convert parity pipeline pth
+    samples examples model_card
+    evaluation evaluate results export
     runner
     systems steps
     speed
-    main study benchmark
+    main study benchmark generate
 """
 # `sources` defines what a data set is and, when one is asked for, calls who makes it.
 UPWARDS = {("data.sources", "data.builders")}

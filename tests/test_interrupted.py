@@ -22,13 +22,10 @@ from cosmos_jax.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
-TRAINING = (
-    ("autoencoder", TERM),
-    ("save", KILL),
-    ("diffusion", KILL),
-    ("diffusion", TERM),
-)
-# What comes after takes milliseconds: these kills come from within, when a file is opened.
+# A save takes milliseconds: these kills come from within, when a file of a checkpoint is opened,
+# and before the temporary folder gets its name.
+SAVING = (("open", KILL), ("os.rename", KILL), ("os.rename", TERM))
+# So does what comes after: when a file is opened.
 AFTERWARDS = (
     ("samples.partial", KILL),
     ("samples.partial", TERM),
@@ -65,14 +62,26 @@ def test_a_run_killed_in_every_stage_is_the_run_never_killed(flag, folder, refer
     workdir, log = folder / "killed", folder / "killed.log"
     arguments = [flag, f"--workdir={workdir}"]
     rng = random.Random()
-    for moment, number in TRAINING:
-        process = soak.start(arguments, log)
-        delay = rng.uniform(0, 0.3)
-        assert soak.kill_at(process, workdir, log, moment, delay, number), log.read_text()
+    process = soak.start(arguments, log)
+    delay = rng.uniform(0, 0.3)
+    assert soak.kill_at(process, workdir, log, "autoencoder", delay, TERM), log.read_text()
+    steps = sorted(rng.sample(range(6, 48, 6), len(SAVING)))
+    for step, (event, number) in zip(steps, SAVING, strict=True):
+        name = f"diffusion/{step}.orbax-checkpoint-tmp"
+        process = soak.start(arguments, log, (event, name, 1, number))
+        process.join(soak.PATIENCE)
+        assert process.exitcode == (-KILL if number == KILL else 0), log.read_text()
+        if number == KILL:
+            # It is left half made; the complete ones are those before it.
+            assert {p.name for p in (workdir / "diffusion").glob("*tmp*")} == {Path(name).name}
+            assert not (workdir / "diffusion" / str(step)).exists()
+        else:
+            assert "stopped on request" in log.read_text().splitlines()[-1]
+            soak.check_saved(workdir, log.read_text().splitlines()[-1])
     for name, number in AFTERWARDS:
         texts = _lines(workdir / "samples.partial.jsonl")
         finished = (workdir / "evaluation.json").exists()
-        process = soak.start(arguments, log, (name, rng.randint(1, 3), number))
+        process = soak.start(arguments, log, ("open", name, rng.randint(1, 3), number))
         process.join(soak.PATIENCE)
         # A SIGTERM may be noticed too late to stop what is nearly done.
         assert process.exitcode == (-KILL if number == KILL and not finished else 0), (

@@ -443,6 +443,12 @@ def test_pod_commands_call_what_they_print(machine, command):
     assert result.returncode == 0, result
     assert calls == printed_calls(machine, command, *POD, "--project=p", *flags)
     assert all({"--zone=z", "--project=p"} <= set(call) for call in calls if call[0] == "gcloud")
+    # All machines do it, but for showing the log.
+    for call in calls:
+        if "ssh" in call or "scp" in call:
+            worker = "0" if "tpu_worker.sh follow" in shlex.join(call) else "all"
+            assert f"--worker={worker}" in call
+    assert any("--worker=all" in call for call in calls) == (command in ("install", "run", "stop"))
 
 
 def test_pod_is_created_as_asked(machine):

@@ -330,11 +330,19 @@ PAPER = {
 
 
 def test_describe_on_the_command_line():
-    done = command("--config=configs/wikipedia.py", "--stage=describe", code=0)
+    """On eight devices, of which there is one here, as README's table says."""
+    flags = ("--config=configs/wikipedia.py", "--config.mesh.fsdp=8")
+    done = command(*flags, "--stage=describe", code=0)
     description = json.loads(done.stdout.splitlines()[-1])
     counts = description["parameters"]
     assert {name: counts[name] for name in PAPER} == PAPER
     assert "condition_encoder" not in counts
+    assert description["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    readme = (ROOT / "README.md").read_text()
+    for stage in ("autoencoder", "diffusion"):
+        held = f"{sum(description['bytes_per_device'][stage].values()) / 1e9:.2f}"
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| {stage}: parameters")]
+        assert row.split("|")[4].strip() == held
 
 
 OTHERS = {"workdir", "benchmark"}  # are not of a task
@@ -426,16 +434,19 @@ def test_a_config_that_does_not_exist_is_one_line():
 def test_meshes_divide_what_a_device_holds():
     """Nearly all of it: what is left whole are small tensors."""
 
-    def held(data, fsdp, tensor):
+    def held(**sizes):
         config = load_config("quickstart")
-        config.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+        config.mesh.update(sizes)
         found = describe(config)["bytes_per_device"]
         return {stage: sum(found[stage].values()) for stage in ("autoencoder", "diffusion")}
 
-    whole, data, fsdp, mixed = held(1, 1, 1), held(8, 1, 1), held(1, 8, 1), held(2, 2, 2)
+    # Here is one device; an axis that is not named is -1 or 1.
+    whole, data, fsdp, tensor = held(), held(data=8), held(fsdp=8), held(tensor=2)
+    mixed = held(data=2, fsdp=2, tensor=2)
     assert data == whole
     for stage, size in whole.items():
         assert size / 8 <= fsdp[stage] < 1.05 * size / 8
+        assert size / 2 <= tensor[stage] < 1.2 * size / 2
         assert size / 4 <= mixed[stage] < 1.2 * size / 4
 
 

@@ -7,6 +7,7 @@ own: on 8 virtual devices, and as 2 real processes of 4 devices each that talk t
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,8 +120,8 @@ def test_meshes_give_the_same_results(on_eight_devices, reference, name):
     assert_same_results(on_eight_devices / name, reference)
 
 
-def start_two(tiny, folder, workdir, **fields):
-    flag = tiny.save_config(folder / "two.json", config(tiny, 2, 2, 2, **fields))
+def start_two(tiny, folder, workdir, mesh=(2, 2, 2), **fields):
+    flag = tiny.save_config(folder / "two.json", config(tiny, *mesh, **fields))
     return subprocess.Popen(
         [*TWO_PROCESSES, flag, f"--workdir={workdir}"],
         **{"env": environment(4), "cwd": ROOT, "text": True},
@@ -139,15 +140,23 @@ def test_two_processes_give_the_same_results(tiny, tmp_path, reference):
     assert output.count("] 10 texts\n") == 1
 
 
+def written(item, process):
+    """Bytes of the arrays that a process wrote of an item of a checkpoint."""
+    return sum(path.stat().st_size for path in item.glob(f"ocdbt.process_{process}/d/*"))
+
+
 def test_a_run_goes_on_elsewhere(tiny, tmp_path, reference, monkeypatch):
-    """Stage one begins on one device, two processes go on to stage two, one device ends it."""
+    """Stage one begins on one device, two processes go on to stage two, one device ends it.
+
+    Parameters are split across the two: each of them has a part of what a checkpoint holds.
+    """
     workdir, calls = tmp_path / "run", itertools.count()
     # One call for the vocabulary, 6 for the statistics, one for each step.
     monkeypatch.setattr(distributed, "preempted", lambda: next(calls) == 1 + 6 + 9)
     with pytest.raises(distributed.Preempted, match="autoencoder is saved at step 10"):
         run_stages(config(tiny), workdir)
     monkeypatch.undo()
-    with start_two(tiny, tmp_path, workdir) as processes:
+    with start_two(tiny, tmp_path, workdir, mesh=(1, 4, 2)) as processes:
         deadline = time.monotonic() + 300
         while '"diffusion", "step": 3,' not in (workdir / "metrics.jsonl").read_text():
             assert processes.poll() is None, processes.communicate()[0]
@@ -156,7 +165,11 @@ def test_a_run_goes_on_elsewhere(tiny, tmp_path, reference, monkeypatch):
         processes.send_signal(signal.SIGTERM)
         output, _ = processes.communicate(timeout=300)
     assert processes.returncode == 0, output
-    assert "diffusion is saved at step" in output
+    (step,) = re.findall(r"diffusion is saved at step (\d+)", output)
+    for checkpoint in (workdir / "autoencoder" / "20", workdir / "diffusion" / step):
+        for item in ("params", "optimizer"):
+            first, second = (written(checkpoint / item, process) for process in (0, 1))
+            assert 0.5 * first < second < 2 * first, checkpoint
     assert not (workdir / "samples.jsonl").exists()
     run_stages(config(tiny), workdir)
     assert_same_results(workdir, reference)

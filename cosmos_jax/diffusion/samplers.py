@@ -27,6 +27,7 @@ z ~ N(0, I). A run answers with the mean of its last step, without that step's n
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,23 +131,28 @@ SAMPLERS: dict[str, Step] = {
 FIRST_HALF_LOG_SNR = math.log(0.01)
 
 
-def uniform_times(schedule: Schedule, num_steps: int, min_time: float) -> jax.Array:
-    """`num_steps` + 1 times from 1 down to `min_time` at equal distances, fp32."""
+def uniform_times(
+    schedule: Schedule, num_steps: int, last: jax.Array | float, first: jax.Array | float = 1.0
+) -> jax.Array:
+    """`num_steps` + 1 times from `first` down to `last` at equal distances, fp32."""
     del schedule
-    return jnp.linspace(1.0, min_time, num_steps + 1)
+    return jnp.linspace(first, last, num_steps + 1, dtype=jnp.float32)
 
 
-def log_snr_times(schedule: Schedule, num_steps: int, min_time: float) -> jax.Array:
-    """`num_steps` + 1 times from 1 down to `min_time` at equal distances in lambda, fp32.
+def log_snr_times(
+    schedule: Schedule, num_steps: int, last: jax.Array | float, first: jax.Array | float = 1.0
+) -> jax.Array:
+    """`num_steps` + 1 times from `first` down to `last` at equal distances in lambda, fp32.
 
     lambda_1 is minus infinity, so distances are counted from FIRST_HALF_LOG_SNR, or from 1 below
-    the lambda of `min_time` if that is less. There x_t is as good as noise alone, and so the
-    first time is moved to 1, where it is.
+    that of the `last` time if that is less, where `first` has no more. There x_t is as good as
+    noise alone, and so the first time is `first` itself.
     """
-    last = schedule.half_log_snr(jnp.float32(min_time))
-    first = jnp.minimum(FIRST_HALF_LOG_SNR, last - 1)
-    times = schedule.time(jnp.linspace(first, last, num_steps + 1))
-    return times.at[0].set(1.0).at[-1].set(min_time)
+    end = schedule.half_log_snr(jnp.float32(last))
+    begin = jnp.minimum(FIRST_HALF_LOG_SNR, end - 1)
+    begin = jnp.maximum(begin, schedule.half_log_snr(jnp.float32(first)))
+    times = schedule.time(jnp.linspace(begin, end, num_steps + 1))
+    return times.at[0].set(first).at[-1].set(last)
 
 
 TIME_GRIDS = {"time": uniform_times, "logsnr": log_snr_times}
@@ -168,11 +174,13 @@ def sample(
     noise: Callable[[jax.Array], jax.Array],
     *,
     answer: str = "mean",
-) -> jax.Array:
-    """Runs a sampler from x_T ~ N(0, I) along `times` (decreasing, from 1).
+    trace: bool = False,
+) -> Any:
+    """Runs a sampler from x_T along `times` (decreasing; from 1 if x_T ~ N(0, I)).
 
     `noise(i)` is the z of step i, [B, N, D]. `answer` is what the run returns: "mean", the
-    mean of the last step, or "x0", the last estimate of the clean latents.
+    mean of the last step, or "x0", the last estimate of the clean latents. With `trace` it returns
+    the estimates that the steps hand on too, [steps, B, N, D].
     """
     if sampler not in SAMPLERS or answer not in ("mean", "x0"):
         raise ValueError(f"no sampler {sampler!r} with answer {answer!r}")
@@ -182,8 +190,9 @@ def sample(
         x, c, _ = carry
         mean, scale, x_0 = step(denoise, schedule, x, c, times[i], times[i + 1], weights[i])
         x = mean if scale is None else mean + scale * noise(i)
-        return (x, x_0, mean), None
+        return (x, x_0, mean), (x_0 if trace else None)
 
     start = (x_T_BxNxD, jnp.zeros_like(x_T_BxNxD), x_T_BxNxD)
-    (_, x_0, mean), _ = jax.lax.scan(body, start, jnp.arange(len(times) - 1))
-    return mean if answer == "mean" else x_0
+    (_, x_0, mean), estimates = jax.lax.scan(body, start, jnp.arange(len(times) - 1))
+    found = mean if answer == "mean" else x_0
+    return (found, estimates) if trace else found

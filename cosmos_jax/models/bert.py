@@ -324,3 +324,12 @@ def from_torch_names(
     positions = params["position_embeddings", "embedding"]
     params["position_embeddings", "embedding"] = positions[-config.max_positions :]
     return traverse_util.unflatten_dict(params)
+
+
+def to_torch_names(config: BertConfig, params: Params) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch BERT, in the order of its state dict: undoes `from_torch_names`."""
+    flat = traverse_util.flatten_dict(params)
+    return {
+        name: np.ascontiguousarray(flat[path].T if path[-1] == "kernel" else flat[path])
+        for path, (name, _) in _renames(config).items()
+    }

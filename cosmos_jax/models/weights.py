@@ -1,16 +1,17 @@
-"""The authors' checkpoints as tables of renames, and the parameters they become.
+"""The authors' checkpoints as tables of renames, and the parameters they become, or come from.
 
-A table lists (name in the PyTorch state dict, path in our parameters). PyTorch stores a
-dense kernel as [out, in] and ours are [in, out], so every path that ends in `kernel` is
-transposed; everything else is taken as it is. The compressor's and the decompressor's key
-and value projections are one matrix in the release, keys first.
+A table lists (name in the PyTorch state dict, path in our parameters), in the order of the state
+dict, which is also that of the averages in `diffusion.pth`. PyTorch stores a dense kernel as
+[out, in] and ours are [in, out], so every path that ends in `kernel` is transposed; everything
+else is taken as it is. The compressor's and the decompressor's key and value projections are one
+matrix in the release, keys first.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cosmos_jax.errors import UserError
 from cosmos_jax.models.autoencoder import AutoencoderConfig
@@ -29,16 +30,17 @@ def _autoencoder_block(theirs: str, ours: str, *, gated: bool) -> Table:
         (f"{attention}.norm_latents.gamma", f"{ours}/attention/norm_queries/gain"),
         (f"{attention}.embeddings_to_KV.weight#0", f"{ours}/attention/memory_key/kernel"),
         (f"{attention}.embeddings_to_KV.weight#1", f"{ours}/attention/memory_value/kernel"),
+        (f"{attention}.latents_to_Q.weight", f"{ours}/attention/query/kernel"),
         (f"{attention}.latents_to_KV.weight#0", f"{ours}/attention/key/kernel"),
         (f"{attention}.latents_to_KV.weight#1", f"{ours}/attention/value/kernel"),
-        (f"{attention}.latents_to_Q.weight", f"{ours}/attention/query/kernel"),
         (f"{attention}.query_norm.gamma", f"{ours}/attention/norm_query_heads/gain"),
         (f"{attention}.key_norm.gamma", f"{ours}/attention/norm_key_heads/gain"),
         (f"{attention}.projector_latents.weight", f"{ours}/attention/out/kernel"),
-        *_feed_forward(f"{theirs}.ffn_latent", f"{ours}/mlp"),
     ]
     if gated:
         table += _gate(f"{theirs}.attn_scale", f"{ours}/attention_gate")
+    table += _feed_forward(f"{theirs}.ffn_latent", f"{ours}/mlp")
+    if gated:
         table += _gate(f"{theirs}.ffn_scale", f"{ours}/mlp_gate")
     return table
 
@@ -64,74 +66,71 @@ def _dense(theirs: str, ours: str) -> Table:
 
 
 def compressor_table(config: AutoencoderConfig) -> Table:
-    """`autoencoder.pth["encoder"]` without the text encoder."""
+    """`autoencoder.pth["encoder"]` without the text encoder, which stands after the first row."""
     table = [
         ("latents", "queries"),
-        ("latent_norm.gamma", "norm_queries/gain"),
         ("positional_emb.emb.weight", "positions"),
-        ("output_norm.gamma", "norm_out/gain"),
+        ("latent_norm.gamma", "norm_queries/gain"),
     ]
     for i in range(config.num_layers):
         table += _autoencoder_block(f"latent_layers.{i}", f"layers_{i}", gated=False)
-    return table
+    return [*table, ("output_norm.gamma", "norm_out/gain")]
 
 
 def decompressor_table(config: AutoencoderConfig) -> Table:
-    """`autoencoder.pth["decoder"]` without the frozen word embeddings."""
+    """`autoencoder.pth["decoder"]` without the frozen word embeddings, after the first row."""
     table = [
         ("positional_emb.emb.weight", "positions"),
         *_feed_forward("embedding_ffn", "mask_mlp"),
-        *_gate("scale_embedding", "mask_gate"),
-        ("lm_head.weight", "head/kernel"),
     ]
     for i in range(config.num_layers):
         table += _autoencoder_block(f"layers.{i}", f"layers_{i}", gated=True)
-    return table
+    return [*table, ("lm_head.weight", "head/kernel"), *_gate("scale_embedding", "mask_gate")]
 
 
 def _transformer_block(theirs: str, ours: str, *, cross_attention: bool) -> Table:
-    table = [
-        (f"{theirs}.norm_self_attn.gamma", f"{ours}/norm_attention/gain"),
-        (f"{theirs}.norm_mlp.gamma", f"{ours}/norm_mlp/gain"),
-    ]
-    kinds = {"self_attn": "attention", "cross_attn": "cross_attention"}
-    for kind in ("self_attn", "cross_attn") if cross_attention else ("self_attn",):
-        for their_name, our_name in (
-            ("query", "query"),
-            ("key", "key"),
-            ("value", "value"),
-            ("o_proj", "out"),
-        ):
-            path = f"{ours}/{kinds[kind]}/{our_name}/kernel"
-            table.append((f"{theirs}.{kind}.{their_name}.weight", path))
+    def attention(their_kind: str, our_kind: str) -> Table:
+        names = {"query": "query", "key": "key", "value": "value", "o_proj": "out"}
+        return [
+            (f"{theirs}.{their_kind}.{name}.weight", f"{ours}/{our_kind}/{our_name}/kernel")
+            for name, our_name in names.items()
+        ]
+
+    table = attention("self_attn", "attention")
+    table.append((f"{theirs}.norm_self_attn.gamma", f"{ours}/norm_attention/gain"))
+    if cross_attention:
+        table += attention("cross_attn", "cross_attention")
     for name in ("gate", "up", "down"):
         table.append((f"{theirs}.mlp.{name}_proj.weight", f"{ours}/mlp/{name}/kernel"))
-    return table
+    return [*table, (f"{theirs}.norm_mlp.gamma", f"{ours}/norm_mlp/gain")]
 
 
 def denoiser_table(config: DenoiserConfig) -> Table:
     """`diffusion.pth["score_estimator"]` without the condition encoder."""
     table = [*_dense("time_emb.0", "time_up"), *_dense("time_emb.2", "time_down")]
-    half = config.num_layers // 2
-    for i in range(config.num_layers):
+    half, layers = config.num_layers // 2, range(config.num_layers)
+    for i in layers:
         side = f"encoder.input_blocks.{i}" if i < half else f"encoder.output_blocks.{i - half}"
         table += _transformer_block(side, f"layers_{i}", cross_attention=config.conditional)
+    for i in layers:
         table += _dense(f"encoder.time_layers.{i}.1", f"time_{i}")
+    for i in layers:
         table += _dense(f"encoder.self_cond_layers.{i}", f"self_condition_{i}")
     return [*table, ("encoder.output_norm.gamma", "norm_out/gain")]
 
 
 def condition_encoder_table(config: DenoiserConfig) -> Table:
-    """The condition encoder inside `diffusion.pth["score_estimator"]`."""
-    table = [
-        ("position_embeddings.weight", "positions"),
-        ("conditional_encoder.output_norm.gamma", "norm_out/gain"),
-    ]
+    """The condition encoder inside `diffusion.pth["score_estimator"]`, after the denoiser."""
+    table = []
     for i in range(config.condition_layers):
         table += _transformer_block(
             f"conditional_encoder.blocks.{i}", f"layers_{i}", cross_attention=False
         )
-    return table
+    return [
+        *table,
+        ("conditional_encoder.output_norm.gamma", "norm_out/gain"),
+        ("position_embeddings.weight", "positions"),
+    ]
 
 
 def ema_weights(checkpoint: Mapping[str, Any], where: str) -> Tensors:
@@ -175,3 +174,22 @@ def convert(table: Table, tensors: Tensors, where: str) -> dict[str, Any]:
             value = value.reshape(())
         params[tuple(ours.split("/"))] = np.array(value, dtype=np.float32, order="C")
     return unflatten_dict(params)
+
+
+def revert(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Their tensors from our parameters, fp32, in the order of the table: undoes `convert`."""
+    flat = flatten_dict(params, sep="/")
+    tensors: dict[str, np.ndarray] = {}
+    for theirs, ours in table:
+        name, _, half = theirs.partition("#")
+        value = np.asarray(flat[ours], np.float32)
+        if ours.endswith("kernel"):
+            value = value.T
+        if ours.endswith("gate/weight"):
+            value = value.reshape(1, 1)
+        if ours.endswith("gate/bias"):
+            value = value.reshape(1)
+        if half == "1":
+            value = np.concatenate([tensors[name], value])
+        tensors[name] = np.array(value, order="C")
+    return tensors

@@ -38,6 +38,7 @@ class Stage:
       frozen: arrays on the mesh, an argument of every function so that none is compiled in.
       statistics: arrays to save beside the parameters: what was measured on the data.
       provenance: what to record with every checkpoint; a resumed run must find the same.
+      begin: () -> params on the mesh to begin training with; None: those of `init`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     frozen: Frozen
     statistics: dict[str, Any]
     provenance: dict[str, Any]
+    begin: Callable[[], Params] | None = None
 
 
 def row_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:

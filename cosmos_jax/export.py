@@ -1,0 +1,288 @@
+"""Writes a trained model into one directory to be shared, which `cosmos_jax.load` reads.
+
+    python -m cosmos_jax.export --workdir=runs/stories --out=stories --dtype=bfloat16 \
+        --title="Five-sentence stories" --data="ROCStories, 90,000 stories." --command="..."
+
+The directory holds what `exported.py` says, the scores of the run in `evaluation.json` and a model
+card, `README.md`; it appears whole or not at all. No data is read. With `--pth` it holds
+`autoencoder.pth` and `diffusion.pth` in the layout of the authors' PyTorch code instead, and the
+config and tokenizer with which `cosmos_jax.convert` reads them back.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from cosmos_jax import (
+    commands,
+    encoder,
+    exported,
+    huggingface,
+    model_card,
+    pipeline,
+    pth,
+    samples,
+    sharding,
+    trained,
+    workdir,
+)
+from cosmos_jax import config as config_lib
+from cosmos_jax.data.sources import Dataset
+from cosmos_jax.errors import UserError
+from cosmos_jax.exported import Exported
+from cosmos_jax.run import Run
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+EVALUATION = "evaluation.json"
+# What may lie in a directory that is replaced.
+OURS = {
+    "config.json",
+    exported.WEIGHTS,
+    exported.ENCODER,
+    CARD,
+    EVALUATION,
+    "autoencoder.pth",
+    "diffusion.pth",
+    *huggingface.TOKENIZER,
+    "added_tokens.json",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished run, read without its data: its config as it was recorded, and its weights."""
+
+    run: Run
+    config: ConfigDict
+    finished: pipeline.Finished
+    stages: dict[str, Exported]
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    title: str = "",
+    data: str = "",
+    command: str = "",
+    license: str = "apache-2.0",
+    overwrite: bool = False,
+) -> None:
+    """Makes the directory `out` of the workdir `source`.
+
+    Args:
+      dtype: of the parameters on the disk, "float32" or "bfloat16".
+      title, data, command, license: for the model card; by default the folder's name, what
+        config.data.source names, and no command.
+      overwrite: replace what an earlier export left at `out`.
+
+    Raises:
+      UserError: the run is not finished, or `out` cannot be written or replaced.
+    """
+    with _directory(out, overwrite) as partial:
+        found = read(source)
+        text_encoder = found.run.encoder
+        exported.write(partial, found.config, found.stages, text_encoder, dtype=dtype)
+        results = _results(source, found)
+        if results["evaluation"]:
+            workdir.write_json(partial / EVALUATION, results["evaluation"])
+        card = model_card.render(
+            partial,
+            found.config,
+            found.stages,
+            text_encoder,
+            results,
+            name=out.name,
+            title=title or out.name,
+            license=license,
+            data=data,
+            command=command,
+        )
+        workdir.write_text(partial / CARD, card)
+
+
+def export_pth(source: Path, out: Path, *, overwrite: bool = False) -> None:
+    """Makes the directory `out` with a run in the layout of the authors' checkpoints.
+
+    Raises:
+      UserError: as `export`, the release has no place for something, or PyTorch is missing.
+    """
+    with _directory(out, overwrite) as partial:
+        found = read(source)
+        run, text_encoder = found.run, found.run.encoder
+        pth.check(found.config, found.stages, text_encoder)
+        second = found.finished.stages["diffusion"]
+        settings = ConfigDict({**second.settings.to_dict(), "ema_decay": 0.0})
+        with jax.set_mesh(run.mesh):
+            _, raw = trained.parameters(
+                dataclasses.replace(second, settings=settings), run, run.workdir / "diffusion"
+            )
+        model = found.finished.model
+        pth.write(partial, found.config, model, found.stages, jax.device_get(raw), text_encoder)
+        workdir.write_text(
+            partial / "config.json", config_lib.to_json(exported.portable(found.config))
+        )
+        with workdir.writing(partial):
+            text_encoder.tokenizer.save_pretrained(str(partial))
+
+
+def read(source: Path) -> Trained:
+    """A finished run from its workdir or from an exported directory, on one device."""
+    source = source.absolute()
+    recorded = workdir.read_config(source)
+    if recorded is None or "encoder" not in recorded:
+        raise UserError(f"{source}: no config of a run; give the folder of one as --workdir")
+    config = config_lib.base()
+    config.update(recorded)  # a field that an older one lacks has its default
+    config_lib.validate(config)
+    local = source / config.encoder.name
+    name = str(local) if local.is_dir() else config.encoder.name
+    config.encoder.name = name
+    opened = ConfigDict(config.to_dict())
+    opened.mesh.update(data=1, fsdp=1, tensor=1)
+    nothing = Dataset("none", config.data.conditional, (), (), (), "")
+    mesh = sharding.make_mesh(opened.mesh)
+    run = Run(opened, source, mesh, encoder.load(name), nothing)
+    with jax.set_mesh(mesh):
+        finished = pipeline.finished(run)
+    stages = {}
+    for stage_name, stage in finished.stages.items():
+        directory = source / stage_name
+        if stage_name == "autoencoder":
+            directory = pipeline.autoencoder_directory(run)
+        parts = jax.eval_shape(stage.init, run.key("shapes"), stage.frozen)
+        step = finished.identity[f"{stage_name}_step"]
+        stages[stage_name] = Exported(
+            step=step,
+            params=jax.device_get({part: finished.weights[part] for part in parts}),
+            statistics={k: np.asarray(v) for k, v in stage.statistics.items()},
+            provenance=trained.provenance(directory, step),
+        )
+    return Trained(run, config, finished, stages)
+
+
+def _results(source: Path, found: Trained) -> dict[str, Any]:
+    """What the run's folder has that was made with these weights, and not with others."""
+    steps = {f"{name}_step": stage.step for name, stage in found.stages.items()}
+    last = config_lib.SYSTEMS[found.config.system][-1]
+
+    def of_these(name: str) -> dict[str, Any]:
+        content = workdir.read_json(source / name) or {}
+        identity = content.get("identity", {})
+        if content and any(identity.get(k) != v for k, v in steps.items()):
+            logger.warning("%s is left out: it is of other weights", source / name)
+            return {}
+        return content
+
+    evaluation, generation = of_these(EVALUATION), of_these("generation.json")
+    path = source / "samples.jsonl"
+    texts = samples.read_samples(path) if generation else []
+    if evaluation and texts:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if evaluation["identity"].get("samples_sha256") != sha256:
+            logger.warning("%s is left out: it is of other samples", source / EVALUATION)
+            evaluation = {}
+    # As the texts were sampled, which the config need not say any longer.
+    how = generation.get("identity") or found.config[last].to_dict()
+    sampling = {name: how[name] for name in config_lib.SAMPLING[last] if name in how}
+    return {"evaluation": evaluation, "samples": texts, "sampling": sampling}
+
+
+@contextlib.contextmanager
+def _directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder that is given the name `out` at the end, unless anything was raised."""
+    out = out.absolute()
+    _require_free(out, overwrite)
+    partial, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
+    with workdir.writing(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with workdir.writing(out):
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(out, old)
+            os.rename(partial, out)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_free(out: Path, overwrite: bool) -> None:
+    """UserError if there is something at `out` that may not be replaced."""
+    if not out.exists():
+        return
+    made = out.is_dir() and (
+        exported.is_exported(out) or {"autoencoder.pth", "diffusion.pth"} <= set(os.listdir(out))
+    )
+    if not made:
+        raise UserError(f"{out} exists and is no export; choose another --out")
+    if not overwrite:
+        raise UserError(f"{out} exists; give --overwrite to replace it, or choose another --out")
+    foreign = sorted(set(os.listdir(out)) - OURS)
+    if foreign:
+        raise UserError(
+            f"{out} holds {foreign[0]}, which no export does and --overwrite would delete; move it "
+            "away or choose another --out"
+        )
+
+
+def define_flags() -> None:
+    """Not at import: absl's flags are global, and other commands have some of the same names."""
+    flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+    flags.DEFINE_string("out", None, "Folder to make.")
+    flags.DEFINE_enum("dtype", "float32", list(exported.DTYPES), "Type of the parameters.")
+    flags.DEFINE_string("title", "", "Title of the model card; empty: the name of --out.")
+    flags.DEFINE_string("data", "", "What the card says of the data, in Markdown.")
+    flags.DEFINE_string("command", "", "How it was trained, for the card.")
+    flags.DEFINE_string("license", "apache-2.0", "License of the weights, for the card.")
+    flags.DEFINE_bool("overwrite", False, "Replace an earlier export.")
+    flags.DEFINE_bool("pth", False, "Write checkpoints in the layout of the authors' PyTorch code.")
+
+
+def main(argv: list[str]) -> None:
+    commands.check_arguments(argv)
+    options = flags.FLAGS
+    source, out = Path(options.workdir), Path(options.out).absolute()
+    if options.pth:
+        export_pth(source, out, overwrite=options.overwrite)
+        print(
+            f"{out} is ready. PyTorch reads its autoencoder.pth and diffusion.pth; back to JAX:\n"
+            f"python -m cosmos_jax.convert --config=configs/workdir.py:{out} --tokenizer={out} "
+            f"--autoencoder={out}/autoencoder.pth --diffusion={out}/diffusion.pth --workdir=DIR"
+        )
+        return
+    export(
+        source,
+        out,
+        dtype=options.dtype,
+        title=options.title,
+        data=options.data,
+        command=options.command,
+        license=options.license,
+        overwrite=options.overwrite,
+    )
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+    print(f'{out} is ready, {size:.1f} MB: cosmos_jax.load("{out}")')
+
+
+if __name__ == "__main__":
+    define_flags()
+    commands.run(main, required=("workdir", "out"))
