@@ -33,10 +33,12 @@ def decode(model: Cosmos, weights: Weights, x_0_BxNxD: jax.Array) -> jax.Array:
     return model.decode(weights, model.unstandardise(weights, x_0_BxNxD))
 
 
-def interpolate(x_0_NxD: jax.Array, other_NxD: jax.Array, num: int) -> jax.Array:
+def interpolate(
+    x_0_NxD: jax.typing.ArrayLike, other_NxD: jax.typing.ArrayLike, num: int
+) -> jax.Array:
     """(1 - w) x_0 + w other for `num` values of w from 0 to 1, [num, N, D]."""
     w = jnp.linspace(0, 1, num)[:, None, None]
-    return (1 - w) * x_0_NxD + w * other_NxD
+    return (1 - w) * jnp.asarray(x_0_NxD) + w * jnp.asarray(other_NxD)
 
 
 def make_editor(config: ConfigDict, model: Cosmos) -> Callable[..., jax.Array]:

@@ -26,19 +26,16 @@ from ml_collections import ConfigDict
 
 from cosmos_jax import (
     commands,
-    encoder,
     exported,
     huggingface,
     model_card,
     pipeline,
     pth,
     samples,
-    sharding,
     trained,
     workdir,
 )
 from cosmos_jax import config as config_lib
-from cosmos_jax.data.sources import Dataset
 from cosmos_jax.errors import UserError
 from cosmos_jax.exported import Exported
 from cosmos_jax.run import Run
@@ -63,10 +60,9 @@ OURS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """A finished run, read without its data: its config as it was recorded, and its weights."""
+    """A finished run, read without its data, and its weights on the host."""
 
     run: Run
-    config: ConfigDict
     finished: pipeline.Finished
     stages: dict[str, Exported]
 
@@ -85,7 +81,7 @@ def export(
     """Makes the directory `out` of the workdir `source`.
 
     Args:
-      dtype: of the parameters on the disk, "float32" or "bfloat16".
+      dtype: of the parameters on the disk, of `exported.DTYPES`.
       title, data, command, license: for the model card; by default the folder's name, what
         config.data.source names, and no command.
       overwrite: replace what an earlier export left at `out`.
@@ -96,13 +92,13 @@ def export(
     with _directory(out, overwrite) as partial:
         found = read(source)
         text_encoder = found.run.encoder
-        exported.write(partial, found.config, found.stages, text_encoder, dtype=dtype)
+        exported.write(partial, found.run.config, found.stages, text_encoder, dtype=dtype)
         results = _results(source, found)
         if results["evaluation"]:
             workdir.write_json(partial / EVALUATION, results["evaluation"])
         card = model_card.render(
             partial,
-            found.config,
+            found.run.config,
             found.stages,
             text_encoder,
             results,
@@ -124,7 +120,7 @@ def export_pth(source: Path, out: Path, *, overwrite: bool = False) -> None:
     with _directory(out, overwrite) as partial:
         found = read(source)
         run, text_encoder = found.run, found.run.encoder
-        pth.check(found.config, found.stages, text_encoder)
+        pth.check(found.run.config, found.stages, text_encoder)
         second = found.finished.stages["diffusion"]
         settings = ConfigDict({**second.settings.to_dict(), "ema_decay": 0.0})
         with jax.set_mesh(run.mesh):
@@ -132,32 +128,19 @@ def export_pth(source: Path, out: Path, *, overwrite: bool = False) -> None:
                 dataclasses.replace(second, settings=settings), run, run.workdir / "diffusion"
             )
         model = found.finished.model
-        pth.write(partial, found.config, model, found.stages, jax.device_get(raw), text_encoder)
+        pth.write(partial, found.run.config, model, found.stages, jax.device_get(raw), text_encoder)
         workdir.write_text(
-            partial / "config.json", config_lib.to_json(exported.portable(found.config))
+            partial / "config.json", config_lib.to_json(exported.portable(found.run.config))
         )
         with workdir.writing(partial):
             text_encoder.tokenizer.save_pretrained(str(partial))
 
 
 def read(source: Path) -> Trained:
-    """A finished run from its workdir or from an exported directory, on one device."""
-    source = source.absolute()
-    recorded = workdir.read_config(source)
-    if recorded is None or "encoder" not in recorded:
-        raise UserError(f"{source}: no config of a run; give the folder of one as --workdir")
-    config = config_lib.base()
-    config.update(recorded)  # a field that an older one lacks has its default
-    config_lib.validate(config)
-    local = source / config.encoder.name
-    name = str(local) if local.is_dir() else config.encoder.name
-    config.encoder.name = name
-    opened = ConfigDict(config.to_dict())
-    opened.mesh.update(data=1, fsdp=1, tensor=1)
-    nothing = Dataset("none", config.data.conditional, (), (), (), "")
-    mesh = sharding.make_mesh(opened.mesh)
-    run = Run(opened, source, mesh, encoder.load(name), nothing)
-    with jax.set_mesh(mesh):
+    """A finished run from its workdir or from an exported directory."""
+    run = pipeline.open_finished(source)
+    source = run.workdir
+    with jax.set_mesh(run.mesh):
         finished = pipeline.finished(run)
     stages = {}
     for stage_name, stage in finished.stages.items():
@@ -172,13 +155,13 @@ def read(source: Path) -> Trained:
             statistics={k: np.asarray(v) for k, v in stage.statistics.items()},
             provenance=trained.provenance(directory, step),
         )
-    return Trained(run, config, finished, stages)
+    return Trained(run, finished, stages)
 
 
 def _results(source: Path, found: Trained) -> dict[str, Any]:
     """What the run's folder has that was made with these weights, and not with others."""
     steps = {f"{name}_step": stage.step for name, stage in found.stages.items()}
-    last = config_lib.SYSTEMS[found.config.system][-1]
+    last = config_lib.SYSTEMS[found.run.config.system][-1]
 
     def of_these(name: str) -> dict[str, Any]:
         content = workdir.read_json(source / name) or {}
@@ -197,7 +180,7 @@ def _results(source: Path, found: Trained) -> dict[str, Any]:
             logger.warning("%s is left out: it is of other samples", source / EVALUATION)
             evaluation = {}
     # As the texts were sampled, which the config need not say any longer.
-    how = generation.get("identity") or found.config[last].to_dict()
+    how = generation.get("identity") or found.run.config[last].to_dict()
     sampling = {name: how[name] for name in config_lib.SAMPLING[last] if name in how}
     return {"evaluation": evaluation, "samples": texts, "sampling": sampling}
 

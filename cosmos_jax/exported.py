@@ -6,9 +6,14 @@
     encoder/                       the text encoder, if the run had it in a directory of its own;
                                    config.encoder.name is "encoder" then
 
-`params` are the averaged ones where a stage keeps an average. The header of model.safetensors has
-JSON under "cosmos_jax": the number of this format; of each stage its step, its provenance and
-checksums; the fingerprint of the text encoder; versions of the packages that wrote it.
+`params` are the averaged ones where a stage keeps an average. In int8 a matrix is stored as
+
+    (1) round(x / s),  s = max |x| / 127 for each column of the last axis
+
+with s as STAGE/params/PATH:scale, and what has one axis as it is, fp32. The header of
+model.safetensors has JSON under "cosmos_jax": the number of this format; of each stage its step,
+its provenance and checksums; the fingerprint of the text encoder; versions of the packages that
+wrote it.
 """
 
 import contextlib
@@ -36,7 +41,12 @@ from cosmos_jax.errors import UserError
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 ENCODER = "encoder"
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+}
+SCALE = ":scale"
 
 _KEY = "cosmos_jax"
 _GROUPS = ("params", "statistics")
@@ -105,10 +115,7 @@ def read(directory: Path, stage: str) -> Exported:
       UserError: a file is missing or damaged, or the model has no such stage.
     """
     entry = _entry(directory, stage)
-    params = {
-        name: value.astype(np.float32)
-        for name, value in _arrays(directory, stage, "params", entry).items()
-    }
+    params = _restored(_arrays(directory, stage, "params", entry))
     return Exported(
         step=entry["step"],
         params=unflatten_dict(params, sep="/"),
@@ -147,10 +154,7 @@ def write(
     entries = {}
     for name, stage in stages.items():
         groups = {
-            "params": {
-                path: _contiguous(value, DTYPES[dtype])
-                for path, value in flatten_dict(stage.params, sep="/").items()
-            },
+            "params": _stored(flatten_dict(stage.params, sep="/"), DTYPES[dtype]),
             "statistics": {k: _contiguous(v, v.dtype) for k, v in stage.statistics.items()},
         }
         entries[name] = {
@@ -202,6 +206,31 @@ def _copy_encoder(source: Path, target: Path) -> None:
         target.mkdir()
         for path in huggingface.files(source):
             shutil.copyfile(path, target / path.name)
+
+
+def _stored(params: Mapping[str, Any], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Parameters by path in the type of the file; equation (1)."""
+    found = {}
+    for path, value in params.items():
+        if dtype != np.int8:
+            found[path] = _contiguous(value, dtype)
+        elif np.ndim(value) < 2:
+            found[path] = _contiguous(value, DTYPES["float32"])
+        else:
+            largest = np.max(np.abs(value), axis=tuple(range(np.ndim(value) - 1)))
+            scale = np.where(largest > 0, largest, 1) / 127
+            found[path] = _contiguous(np.rint(value / scale), dtype)
+            found[path + SCALE] = _contiguous(scale, DTYPES["float32"])
+    return found
+
+
+def _restored(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of `_stored`, fp32."""
+    return {
+        path: value.astype(np.float32) * stored.get(path + SCALE, np.float32(1))
+        for path, value in stored.items()
+        if not path.endswith(SCALE)
+    }
 
 
 def _contiguous(value: Any, dtype: np.dtype) -> np.ndarray:

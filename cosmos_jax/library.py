@@ -21,16 +21,13 @@ from cosmos_jax import (
     consensus,
     distributed,
     editing,
-    encoder,
     guides,
     huggingface,
     pipeline,
     sharding,
-    workdir,
 )
 from cosmos_jax.baselines import MAKE_GENERATOR
 from cosmos_jax.data import tokens
-from cosmos_jax.data.sources import Dataset
 from cosmos_jax.errors import UserError
 from cosmos_jax.run import Run
 from cosmos_jax.sampling import make_sampler
@@ -50,21 +47,8 @@ def load(name: str | Path, *, dtype: str | None = None) -> "Model":
     Raises:
       UserError: there is no such model, it is not finished, or its text encoder is missing.
     """
-    directory = huggingface.locate(str(name), "model").absolute()
-    config = workdir.read_config(directory)
-    if config is None or "encoder" not in config:
-        raise UserError(f"{directory}: is neither a workdir nor an exported model of cosmos-jax")
-    complete = config_lib.base()
-    complete.update(config)  # a field that an older one lacks has its default
-    config = complete
-    config.mesh.update(data=-1, fsdp=1, tensor=1)
-    config.dtype = dtype or config.dtype
-    config_lib.validate(config)
-    local = directory / config.encoder.name
-    text_encoder = encoder.load(str(local) if local.is_dir() else config.encoder.name)
-    nothing = Dataset("none", config.data.conditional, (), (), (), "")
-    run = Run(config, directory, sharding.make_mesh(config.mesh), text_encoder, nothing)
-    return Model(run)
+    directory = huggingface.locate(str(name), "model")
+    return Model(pipeline.open_finished(directory, dtype or ""))
 
 
 class Model:
@@ -230,7 +214,8 @@ class Model:
         """
         if num < 2:
             raise UserError(f"num is {num}; it must be at least 2, as both ends belong to the path")
-        path = np.asarray(editing.interpolate(*self.encode([a, b]), num))
+        first, last = self.encode([a, b])
+        path = np.asarray(editing.interpolate(first, last, num))
         return self._edited(path, strength, 0, None, {}) if strength else self.decode(path)
 
     # Texts that are changed

@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_jax import config as config_lib
-from cosmos_jax import distributed, exported, feature_cache, measure, pretrained, sharding, trained
+from cosmos_jax import (
+    distributed,
+    encoder,
+    exported,
+    feature_cache,
+    measure,
+    pretrained,
+    sharding,
+    trained,
+    workdir,
+)
 from cosmos_jax.baselines import BASELINES
 from cosmos_jax.data.batches import Batch
+from cosmos_jax.data.sources import Dataset
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import cosmos
 from cosmos_jax.models.cosmos import Cosmos, Weights
@@ -36,6 +47,31 @@ class Finished:
     stages: dict[str, Stage]
     weights: Weights
     identity: dict[str, Any]
+
+
+def open_finished(directory: Path, dtype: str = "") -> Run:
+    """A run that is only to be used, from its workdir or an exported directory: without its data.
+
+    Args:
+      dtype: of the matrix products; "": as it was trained.
+
+    Raises:
+      UserError: there is no such run, or its text encoder cannot be read.
+    """
+    directory = directory.absolute()
+    recorded = workdir.read_config(directory)
+    if recorded is None or "encoder" not in recorded:
+        raise UserError(f"{directory}: is neither a workdir nor an exported model of cosmos-jax")
+    config = config_lib.base()
+    config.update(recorded)  # a field that an older one lacks has its default
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    config.dtype = dtype or config.dtype
+    config_lib.validate(config)
+    if (directory / config.encoder.name).is_dir():
+        config.encoder.name = str(directory / config.encoder.name)
+    mesh = sharding.make_mesh(config.mesh)
+    nothing = Dataset("none", config.data.conditional, (), (), (), "")
+    return Run(config, directory, mesh, encoder.load(config.encoder.name), nothing)
 
 
 def autoencoder_directory(run: Run) -> Path:

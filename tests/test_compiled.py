@@ -16,15 +16,17 @@ ROOT = Path(__file__).parents[1]
 COMPILE = """
 import functools, json, math
 import jax, jax.numpy as jnp
-from cosmos_jax import config as config_lib, optimizer, sharding
+from cosmos_jax import baselines, config as config_lib, optimizer, sharding
 from cosmos_jax.models import cosmos, states
 from cosmos_jax.stages import autoencoder, diffusion
 from cosmos_jax.train import init_state, make_step
 
 WIDTH, LENGTH, LATENTS, WORDS, BATCH = 128, 32, 8, 512, 64
+shape = jax.ShapeDtypeStruct
 
 
-def compiled(name, mesh_sizes, memory=True, **fields):
+# Config, model, shapes of stage one's parameters and of all that is frozen, the stage.
+def make(name, **fields):
     config = config_lib.base()
     config.update_from_flattened_dict({
         "encoder.hidden_size": WIDTH, "encoder.num_heads": 2, "encoder.num_layers": 1,
@@ -35,8 +37,8 @@ def compiled(name, mesh_sizes, memory=True, **fields):
         **{key.replace("__", "."): value for key, value in fields.items()},
     })
     model = cosmos.build(config, WORDS)
-    shape = jax.ShapeDtypeStruct
     first = autoencoder.make(config, model, {}, {}, "")
+    trained = jax.eval_shape(first.init, jax.random.key(0), {})
     ids, mask = jnp.zeros((1, LENGTH), jnp.int32), jnp.ones((1, LENGTH), bool)
     frozen = {
         **{name: shape((WIDTH,), jnp.float32) for name in ("states_mean", "states_std")},
@@ -44,28 +46,65 @@ def compiled(name, mesh_sizes, memory=True, **fields):
         **{name: shape((WORDS,), jnp.int32) for name in ("vocabulary", "head_index")},
         "mask_embedding": shape((WIDTH,), jnp.float32),
         "bert": jax.eval_shape(model.bert.init, jax.random.key(0), ids, mask)["params"],
-        "compressor": jax.eval_shape(first.init, jax.random.key(0), {})["compressor"],
+        "compressor": trained["compressor"],
     }
     stage = first if name == "autoencoder" else diffusion.make(config, model, {}, {}, "", 0)
-    transform = optimizer.make(stage.settings.optimizer, 10)
-    init = functools.partial(init_state, stage, transform)
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, mesh_sizes)))
-    state = jax.eval_shape(init, jax.random.key(0), frozen)
+    return config, model, trained, frozen, stage
 
-    def put(tree, layout):
-        return jax.tree.map(lambda x, s: shape(x.shape, x.dtype, sharding=s), tree, layout)
 
-    layout = sharding.layout(state, mesh)
+def put(tree, layout):
+    return jax.tree.map(lambda x, s: shape(x.shape, x.dtype, sharding=s), tree, layout)
+
+
+def make_batch(mesh):
     batch = {
         "ids": shape((BATCH, LENGTH), jnp.int32), "mask": shape((BATCH, LENGTH), bool),
         "rows": shape((BATCH,), jnp.int32),
     }
+    return put(batch, jax.tree.map(lambda _: sharding.batch_layout(mesh), batch))
+
+
+# What a device needs to sample and to validate.
+def used(mesh_sizes):
+    config, model, trained, frozen, stage = make("diffusion")
+    params = jax.eval_shape(stage.init, jax.random.key(0), frozen)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, mesh_sizes)))
+
+    def validate(params, frozen, batch, key):
+        return stage.validation(params, frozen, stage.features(frozen, batch), key)
+
+    weights = {**frozen, **trained, **params}
+    weights, params, frozen = (
+        put(tree, sharding.layout(tree, mesh)) for tree in (weights, params, frozen)
+    )
+    batch, key = make_batch(mesh), jax.random.key(0)
+    with jax.set_mesh(mesh):
+        generate = jax.jit(baselines.make_generator(config, model))
+        sample = generate.lower(weights, key, {"rows": batch["rows"]}).compile()
+        validate = jax.jit(validate, out_shardings=sharding.replicated(mesh))
+        validation = validate.lower(params, frozen, batch, key).compile()
+    return {
+        name: {
+            "activations": program.memory_analysis().temp_size_in_bytes,
+            "flops": program.cost_analysis()["flops"],
+        }
+        for name, program in (("sampling", sample), ("validation", validation))
+    }
+
+
+def compiled(name, mesh_sizes, memory=True, **fields):
+    config, model, trained, frozen, stage = make(name, **fields)
+    transform = optimizer.make(stage.settings.optimizer, 10)
+    init = functools.partial(init_state, stage, transform)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, mesh_sizes)))
+    state = jax.eval_shape(init, jax.random.key(0), frozen)
+    layout = sharding.layout(state, mesh)
+    batch = make_batch(mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(make_step(stage, transform), donate_argnums=0,
                        out_shardings=(layout, sharding.replicated(mesh)))
         lowered = step.lower(
-            put(state, layout), put(frozen, sharding.layout(frozen, mesh)),
-            put(batch, jax.tree.map(lambda _: sharding.batch_layout(mesh), batch)),
+            put(state, layout), put(frozen, sharding.layout(frozen, mesh)), batch,
             jax.random.key(0),
         )
         memory = lowered.compile().memory_analysis() if memory else None
@@ -86,8 +125,9 @@ def compiled(name, mesh_sizes, memory=True, **fields):
     }
 
 
-one, fsdp = (1, 1, 1), (1, 8, 1)
+one, fsdp, data = (1, 1, 1), (1, 8, 1), (8, 1, 1)
 found = {"fsdp": {"autoencoder": compiled("autoencoder", fsdp)}}
+found["used"] = {"one": used(one), "data": used(data)}
 for option, memory, fields in (
     ("plain", True, {}), ("accumulate", True, {"accumulate": 4}), ("remat", False, {"remat": True})
 ):
@@ -123,6 +163,13 @@ def test_meshes_divide_the_work_and_the_state(compiled):
     whole, fsdp = (compiled[name]["autoencoder"] for name in ("plain", "fsdp"))
     assert fsdp["activations"] < whole["activations"] / 4
     assert fsdp["state"] < whole["state"] / 5
+
+
+@pytest.mark.parametrize("use", ["sampling", "validation"])
+def test_meshes_divide_sampling_and_validation(compiled, use):
+    whole, data = (compiled["used"][mesh][use] for mesh in ("one", "data"))
+    assert data["flops"] < whole["flops"] / 6
+    assert data["activations"] < whole["activations"] / 4
 
 
 def test_activations_stay_split_where_parameters_are(compiled):

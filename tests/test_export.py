@@ -169,7 +169,7 @@ def test_what_is_not_ours_is_not_replaced(tiny, finished, tmp_path):
 
 
 def test_only_what_is_finished(tiny, finished, tmp_path):
-    with pytest.raises(UserError, match="no config of a run"):
+    with pytest.raises(UserError, match="is neither a workdir nor an exported model"):
         export(tmp_path, tmp_path / "out")
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "diffusion")

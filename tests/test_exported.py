@@ -73,6 +73,25 @@ def test_what_was_saved_comes_back(finished, shared):
     assert not list(shared.parent.glob(".*"))
 
 
+def test_int8_is_within_half_a_step_of_each_column(finished, shared, tmp_path):
+    export(finished, tmp_path / "small", dtype="int8")
+    whole, small = (exported.read(d, "autoencoder") for d in (shared, tmp_path / "small"))
+    assert jax.tree.structure(whole.params) == jax.tree.structure(small.params)
+
+    def compare(x, y):
+        assert y.dtype == np.float32
+        if x.ndim < 2:
+            np.testing.assert_array_equal(x, y)
+        else:
+            step = np.abs(x).reshape(-1, x.shape[-1]).max(axis=0) / 127
+            assert np.all(np.abs(x - y) <= step * 0.501)
+            assert len(np.unique(np.round(y / np.maximum(step, 1e-12)))) <= 255
+
+    jax.tree.map(compare, whole.params, small.params)
+    size = [(d / "model.safetensors").stat().st_size for d in (shared, tmp_path / "small")]
+    assert size[1] < 0.5 * size[0]
+
+
 def test_bfloat16_rounds_parameters_alone(finished, shared, tmp_path):
     export(finished, tmp_path / "half", dtype="bfloat16")
     whole, half = (exported.read(d, "diffusion") for d in (shared, tmp_path / "half"))

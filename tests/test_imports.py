@@ -10,7 +10,7 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 # From the bottom up; modules of one line do not know each other.
 LAYERS = """
     __init__ errors
-    commands config distributed optimizer peaks provenance torch_gpt2 data.tokens data.files
+    commands config distributed optimizer peaks provenance torch_gpt2 consensus data.tokens data.files
     scores.score scores.batches scores.table data.incoming
     sharding checkpoint workdir data.sources scores.ngrams scores.frechet
     report
@@ -29,17 +29,18 @@ LAYERS = """
     diffusion.samplers stages.base run exported
     stages.autoencoder stages.diffusion stages.autoregressive stages.masked
     sampling decoding unmasking trained train measure feature_cache latents
-    baselines pretrained
-    describe convert parity pipeline pth
-    samples examples model_card
+    baselines pretrained guides
+    describe convert parity pipeline pth editing
+    samples examples model_card library
     evaluation evaluate results export
     runner
     systems steps
     speed
     main study benchmark generate
 """
-# `sources` defines what a data set is and, when one is asked for, calls who makes it.
-UPWARDS = {("data.sources", "data.builders")}
+# `sources` defines what a data set is and, when one is asked for, calls who makes it; the package
+# offers the library to whoever asks for it.
+UPWARDS = {("data.sources", "data.builders"), ("__init__", "library")}
 
 
 def modules() -> dict[str, Path]:

@@ -14,11 +14,11 @@ def get_config():
     config.data.source = "jsonl:synopses"
     config.data.conditional = True
     config.data.max_length = 24
-    config.data.max_source_length = 64
+    config.data.max_source_length = 48
     config.autoencoder.steps = 2_400
     config.autoencoder.evaluate_every = 1_200
     config.diffusion.condition_layers = 1
-    config.diffusion.steps = 5_000
+    config.diffusion.steps = 4_000
     config.diffusion.evaluate_every = 1_000
     config.evaluate.protocols = "rouge,offline"
     return config
