@@ -57,14 +57,14 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         jax.device_count(),
         jax.devices()[0].device_kind,
     )
-    _keep_compiled_programs()
+    keep_compiled_programs()
     if not is_first():
         logging.getLogger(__package__).setLevel(logging.WARNING)
     # Processes connect at the first thing they do together, and do not wait long for each other.
     barrier("all processes have started")
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
     """So that a run that goes on need not compile again; JAX_COMPILATION_CACHE_DIR is elsewhere."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

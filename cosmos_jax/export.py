@@ -138,7 +138,7 @@ def export_pth(source: Path, out: Path, *, overwrite: bool = False) -> None:
 
 def read(source: Path) -> Trained:
     """A finished run from its workdir or from an exported directory."""
-    run = pipeline.open_finished(source)
+    run = pipeline.open_trained(source)
     source = run.workdir
     with jax.set_mesh(run.mesh):
         finished = pipeline.finished(run)

@@ -142,8 +142,11 @@ def run(options: flags.FlagValues) -> None:
     """Does what the flags ask for; UserError for anything that does not go with the rest."""
     try:
         _check(options)
+        from cosmos_jax import distributed  # takes a second: not for a wrong flag
+
         with contextlib.ExitStack() as stack:
             lines = stack.enter_context(incoming.opened(options.input)) if options.input else None
+            distributed.keep_compiled_programs()
             model = cosmos_jax.load(options.model)
             _check_model(model, options)
             logger.info("%s: %s", options.model, _about(model))

@@ -40,15 +40,18 @@ BATCH_SIZES = (1, 4, 16, 64)
 def load(name: str | Path, *, dtype: str | None = None) -> "Model":
     """The trained model called `name`, on all devices of this process.
 
+    A run that is still in training is loaded as far as it has come, with a warning.
+
     Args:
       name: a workdir, an exported directory, or the hub id of one.
       dtype: of the matrix products, "float32" or "bfloat16"; None: as it was trained.
 
     Raises:
-      UserError: there is no such model, it is not finished, or its text encoder is missing.
+      UserError: there is no such model, nothing of it is trained, or its text encoder is missing.
     """
     directory = huggingface.locate(str(name), "model")
-    return Model(pipeline.open_finished(directory, dtype or ""))
+    with _quiet():
+        return Model(pipeline.open_trained(directory, dtype=dtype or "", unfinished=True))
 
 
 class Model:
@@ -62,14 +65,16 @@ class Model:
       tokenizer: of its texts.
       conditional: whether it writes a text for a source.
       system: the modules, `models.cosmos.Cosmos`, or those of a baseline.
-      weights: all that the methods of `system` take.
+      weights: all that the methods of `system` take, on the devices of `mesh`, which is to be set
+        (`jax.set_mesh`) around functions of them.
       identity: what the weights are: their data, and the step of each stage.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        with jax.set_mesh(run.mesh), _quiet():
+        with jax.set_mesh(run.mesh):
             finished = pipeline.finished(run)
+        self.mesh = run.mesh
         self.config: ConfigDict = run.config
         self.tokenizer: Any = run.encoder.tokenizer
         self.conditional: bool = run.config.data.conditional
@@ -355,7 +360,7 @@ class Model:
     ) -> Callable[..., jax.Array]:
         """(weights, batch, key, dial) -> arrays of one row for each text; made once."""
         function = _FUNCTIONS[name](self._configured(settings), self.system, guide)
-        return jax.jit(function, out_shardings=sharding.batch_layout(self._run.mesh))
+        return jax.jit(function, out_shardings=sharding.batch_layout(self.mesh))
 
     def _call(self, compiled: Callable, batch: dict, *rest: Any) -> Iterator[np.ndarray]:
         """What a compiled function gives for the rows of a batch, in parts."""
@@ -363,8 +368,8 @@ class Model:
             count = _count(part)
             size = self._run.even_batch_size(min(s for s in BATCH_SIZES if s >= count))
             padded = {name: _pad(array, size) for name, array in part.items()}
-            with jax.set_mesh(self._run.mesh):
-                on_mesh = sharding.put_batch(padded, self._run.mesh)
+            with jax.set_mesh(self.mesh):
+                on_mesh = sharding.put_batch(padded, self.mesh)
                 yield distributed.gather(compiled(self.weights, on_mesh, *rest))[:count]
 
     def _texts(self, compiled: Callable, key: Any, batch: dict, dial: float = 1.0) -> list[str]:

@@ -49,11 +49,12 @@ class Finished:
     identity: dict[str, Any]
 
 
-def open_finished(directory: Path, dtype: str = "") -> Run:
+def open_trained(directory: Path, *, dtype: str = "", unfinished: bool = False) -> Run:
     """A run that is only to be used, from its workdir or an exported directory: without its data.
 
     Args:
       dtype: of the matrix products; "": as it was trained.
+      unfinished: be content with the steps that its stages have.
 
     Raises:
       UserError: there is no such run, or its text encoder cannot be read.
@@ -66,6 +67,11 @@ def open_finished(directory: Path, dtype: str = "") -> Run:
     config.update(recorded)  # a field that an older one lacks has its default
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.dtype = dtype or config.dtype
+    for name in config_lib.SYSTEMS[config.system] if unfinished else ():
+        step = trained.newest_step(directory / name)
+        if step is not None and step < config[name].steps:
+            logger.warning("%s: %s is at step %d of %d", directory, name, step, config[name].steps)
+            config[name].steps = step
     config_lib.validate(config)
     if (directory / config.encoder.name).is_dir():
         config.encoder.name = str(directory / config.encoder.name)

@@ -61,7 +61,7 @@ def infilling(model: cosmos_jax.Model, texts: list[str], fluency: NgramModel) ->
         given = mask & ~hidden
         masked = np.where(hidden, model.tokenizer.mask_token_id, ids)
         keys = row_keys(jax.random.key(0), np.arange(len(ids)))
-        with jax.set_mesh(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))):
+        with jax.set_mesh(model.mesh):
             found = np.asarray(infill(model.weights, keys, masked, mask, given))
             without = np.asarray(autoencoder(model.weights, masked, mask, given))
         exact = np.where(given, ids, found)

@@ -32,10 +32,10 @@ def test_compiled_programs_are_kept_unless_the_user_says_where(monkeypatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         jax.config.update(name, None)
-        distributed._keep_compiled_programs()
+        distributed.keep_compiled_programs()
         assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "cosmos_jax"
         jax.config.update(name, str(tmp_path / "mine"))
-        distributed._keep_compiled_programs()
+        distributed.keep_compiled_programs()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
     finally:
         jax.config.update(name, before)

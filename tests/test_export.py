@@ -96,7 +96,7 @@ def test_the_page_of_a_conditional_model(finished_pairs, tmp_path):
     first = page.split("## Samples")[1].split("\n2. ")[0]
     assert "**Source:** (empty)\\\n" in first
     assert f"**Reference:** {samples[0]['reference']}\\\n" in first
-    assert "**Generated:** a\\|b # \\<b\\>\\*c\\*\\</b\\>\ufffd \\`\\$1\\`\n" in first
+    assert "**Generated:** a\\|b # \\<b\\>\\*c\\*\\</b\\>\ufffd \\`\\$1\\`" in first
     assert page.count("**Generated:**") == 12
     assert "Not scored." in page
     assert not (tmp_path / "out" / "evaluation.json").exists()

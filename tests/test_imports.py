@@ -10,8 +10,8 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 # From the bottom up; modules of one line do not know each other.
 LAYERS = """
     __init__ errors
-    commands config distributed optimizer peaks provenance torch_gpt2 consensus data.tokens data.files
-    scores.score scores.batches scores.table data.incoming
+    commands config distributed optimizer peaks provenance torch_gpt2 data.tokens data.files
+    scores.score scores.batches scores.table data.incoming consensus
     sharding checkpoint workdir data.sources scores.ngrams scores.frechet
     report
     metrics timing data.jsonl data.tables data.holding_out data.batches

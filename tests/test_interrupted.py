@@ -22,9 +22,9 @@ from cosmos_jax.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
-# A save takes milliseconds: these kills come from within, when a file of a checkpoint is opened,
-# and before the temporary folder gets its name.
-SAVING = (("open", KILL), ("os.rename", KILL), ("os.rename", TERM))
+# A save takes milliseconds: these kills come from within, before one of the first files of a
+# checkpoint is opened, or before a folder of one of its 6 items or its own gets its last name.
+SAVING = (("open", 9, KILL), ("os.rename", 7, KILL), ("os.rename", 7, TERM))
 # So does what comes after: when a file is opened.
 AFTERWARDS = (
     ("samples.partial", KILL),
@@ -66,9 +66,9 @@ def test_a_run_killed_in_every_stage_is_the_run_never_killed(flag, folder, refer
     delay = rng.uniform(0, 0.3)
     assert soak.kill_at(process, workdir, log, "autoencoder", delay, TERM), log.read_text()
     steps = sorted(rng.sample(range(6, 48, 6), len(SAVING)))
-    for step, (event, number) in zip(steps, SAVING, strict=True):
+    for step, (event, times, number) in zip(steps, SAVING, strict=True):
         name = f"diffusion/{step}.orbax-checkpoint-tmp"
-        process = soak.start(arguments, log, (event, name, 1, number))
+        process = soak.start(arguments, log, (event, name, rng.randint(1, times), number))
         process.join(soak.PATIENCE)
         assert process.exitcode == (-KILL if number == KILL else 0), log.read_text()
         if number == KILL:
