@@ -11,8 +11,8 @@ from cosmos_jax.models.cosmos import Cosmos, Weights
 from cosmos_jax.sampling import Start, make_sampler
 from cosmos_jax.stages.base import Source
 
-# Where infilling begins, as a strength, and the deviation of the last estimate.
-INFILL_STRENGTH, LAST_SIGMA = 0.95, 0.3
+# Where infilling begins, as a strength, and what counts as the deviation of its last estimate.
+INFILL_STRENGTH, LAST_SIGMA = 0.9, 0.3
 
 
 def encode(

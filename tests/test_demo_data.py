@@ -168,7 +168,7 @@ def run(*arguments, code=0, **variables):
 def made(tmp_path):
     """A data set made of a .gz and a .xz file."""
     packages, texts = (text.encode() for text in lists())
-    (tmp_path / "Packages.gz").write_bytes(gzip.compress(packages))
+    (tmp_path / "Packages.gz").write_bytes(gzip.compress(packages, mtime=0))
     (tmp_path / "Translation-en.xz").write_bytes(lzma.compress(texts))
     flags = [f"--packages={tmp_path / name}" for name in ("Packages.gz", "Translation-en.xz")]
     out = tmp_path / "deep" / "synopses"
@@ -248,7 +248,7 @@ def test_apts_lists_give_what_files_give(made, apt, tmp_path):
         (b"\xff\xfe", "list", "list: not a package list in UTF-8"),
         (b"Package: a\n", "list.xz", "list.xz: cannot be read: "),
         (b"Package: a\n", "list.gz", "list.gz: cannot be read: "),
-        (gzip.compress(b"Package: a\n")[:-9], "list.gz", "list.gz: cannot be read: "),
+        (gzip.compress(b"Package: a\n", mtime=0)[:-9], "list.gz", "list.gz: cannot be read: "),
         (b"Package: a\n", "list", "no package has a description: give a Translation-en"),
         (LISTS.encode(), "list", "too few packages, none for "),
     ],
