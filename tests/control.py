@@ -1,9 +1,9 @@
-"""Measures what infilling, editing and guides do to held-out texts; docs/control.md has the result.
+"""Measures what infilling, edits and guides do to held-out texts; docs/control.md has the result.
 
-python demo/control.py --model=demo/passages --num=256 --out=control.json
+python tests/control.py --model=runs/quickstart --out=control.json
 
-Fluency is perplexity under a trigram model of the training texts, so it compares within this
-table only.
+The model is one of the text in the package. Fluency is perplexity under a trigram model of the
+training texts, so it compares within one table only.
 """
 
 import gzip
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "demo/passages", "A model of the package's texts.")
+    flags.DEFINE_string("model", "runs/quickstart", "A model of the text in the package.")
     flags.DEFINE_integer("num", 256, "Texts.")
     flags.DEFINE_string("out", "", "JSON of all figures.")
     app.run(main)
