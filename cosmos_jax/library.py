@@ -307,7 +307,7 @@ class Model:
 
     def _require_latents(self, method: str) -> None:
         if self.config.system != "cosmos":
-            raise UserError(f"{method}: an {self.config.system} model has no latents")
+            raise UserError(f"{method}: a model of system {self.config.system!r} has no latents")
 
     def _inputs(self, num: int | None, sources: Sequence[str] | None, first: int) -> dict:
         """Rows, and the tokens of the sources."""
@@ -340,7 +340,7 @@ class Model:
         """Changes of `config.diffusion` that were asked for, checked."""
         asked = {name: value for name, value in changes.items() if value is not None}
         if asked and self.config.system != "cosmos":
-            raise UserError(f"an {self.config.system} model has no {', '.join(asked)}")
+            raise UserError(f"a model of system {self.config.system!r} has no {', '.join(asked)}")
         self._configured(tuple(asked.items()))
         return tuple(asked.items())
 
@@ -370,7 +370,8 @@ class Model:
             padded = {name: _pad(array, size) for name, array in part.items()}
             with jax.set_mesh(self.mesh):
                 on_mesh = sharding.put_batch(padded, self.mesh)
-                yield distributed.gather(compiled(self.weights, on_mesh, *rest))[:count]
+                found = distributed.gather(compiled(self.weights, on_mesh, *rest))
+            yield found[:count]  # after the mesh is taken back: whoever asks may stop here
 
     def _texts(self, compiled: Callable, key: Any, batch: dict, dial: float = 1.0) -> list[str]:
         found: list[str] = []
