@@ -263,8 +263,8 @@ class Model:
         """Texts with other words for each [MASK], which stands for one token.
 
         Args:
-          exact: write the given tokens as they were given; otherwise as they are decoded, which
-            is what nearly all of them are (`docs/control.md`).
+          exact: write the given tokens as they were given; otherwise as they are decoded, by a
+            good autoencoder nearly all alike (`tests/control.py` counts them).
           first: as of `edit`.
         """
         self._require_latents("infill")

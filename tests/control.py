@@ -1,4 +1,4 @@
-"""Measures what infilling, edits and guides do to held-out texts; docs/control.md has the result.
+"""Measures what infilling, edits and guides do to held-out texts.
 
 python tests/control.py --model=runs/quickstart --out=control.json
 

@@ -59,7 +59,7 @@ def put(tree, layout):
 def make_batch(mesh):
     batch = {
         "ids": shape((BATCH, LENGTH), jnp.int32), "mask": shape((BATCH, LENGTH), bool),
-        "rows": shape((BATCH,), jnp.int32),
+        "rows": shape((BATCH,), jnp.int32), "real": shape((BATCH,), bool),
     }
     return put(batch, jax.tree.map(lambda _: sharding.batch_layout(mesh), batch))
 
