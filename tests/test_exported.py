@@ -284,7 +284,7 @@ def test_it_needs_the_autoencoder_it_learned_from(tiny, finished, shared, tmp_pa
 def test_a_denoiser_of_other_sizes_is_refused(tiny, finished, shared, tmp_path):
     for name, source, fields, message in (
         ("layers", finished, {"diffusion__num_layers": 4}, r"denoiser/layers_2/\S+ has shape None"),
-        ("layers", shared, {"diffusion__num_layers": 4}, r"denoiser/layers_2/\S+ has shape None"),
+        ("shared", shared, {"diffusion__num_layers": 4}, r"denoiser/layers_2/\S+ has shape None"),
         ("pairs", shared, {"data__source": f"jsonl:{tiny.pairs}"}, "condition_encoder/"),
     ):
         with pytest.raises(UserError, match=rf"config\.diffusion\.pretrained: .*{message}"):
