@@ -17,7 +17,6 @@ from cosmos_jax.convert import convert
 from cosmos_jax.errors import UserError
 from cosmos_jax.export import export, export_pth
 from cosmos_jax.models.torch_files import load_torch_file
-from cosmos_jax.runner import run_stages
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = tiny_lib.FIXTURE
@@ -255,38 +254,6 @@ def test_trained_weights_for_pytorch(finished, tmp_path):
     )
     assert np.abs(found["score_estimator"][name] - average).max() > 1e-4
     assert found["step"] == found["ema"]["num_updates"] == 30
-
-
-def test_what_the_release_has_no_place_for(tiny, finished, tmp_path, monkeypatch):
-    run_stages(tiny.config(system="masked", masked__steps=1), tmp_path / "masked", "masked")
-    with pytest.raises(UserError, match=r"no layout for config\.system 'masked'"):
-        export_pth(tmp_path / "masked", tmp_path / "out")
-    export(tmp_path / "masked", tmp_path / "shared")  # but a baseline is shared as others are
-    assert exported.read(tmp_path / "shared", "masked").step == 1
-    page = (tmp_path / "shared" / "README.md").read_text()
-    assert "the masked baseline" in page
-    assert "`--config.masked.pretrained=shared`" in page
-
-    fields = {"autoencoder__steps": 1, "diffusion__steps": 1}
-    for name, more, message in (
-        ("few", {"autoencoder__vocabulary": "corpus"}, r"say \d+ of the encoder's 60 tokens"),
-        (
-            "tokens",
-            {"autoencoder__compress": False, "autoencoder__num_latents": 12},
-            "without compression",
-        ),
-    ):
-        config = tiny.config(**fields, **more)
-        for stage in ("autoencoder", "diffusion"):
-            run_stages(config, tmp_path / name, stage)
-        with pytest.raises(UserError, match=message):
-            export_pth(tmp_path / name, tmp_path / "out")
-    export(tmp_path / "tokens", tmp_path / "shared_tokens")
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "torch", None)
-        with pytest.raises(UserError, match="pip install torch"):
-            export_pth(finished, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # The command
