@@ -26,7 +26,7 @@ from cosmos_jax import (
     pipeline,
     sharding,
 )
-from cosmos_jax.baselines import MAKE_GENERATOR
+from cosmos_jax.baselines import make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.errors import UserError
 from cosmos_jax.run import Run
@@ -382,10 +382,8 @@ class Model:
 
 def _generate(config: ConfigDict, system: Any, guide: guides.Guide | None) -> Callable:
     if guide is None:
-        generate = MAKE_GENERATOR[config.system](config, system)
-        return lambda weights, batch, key, _: generate(
-            weights, row_keys(key, batch["rows"]), source_of(batch)
-        )
+        generate = make_generator(config, system)
+        return lambda weights, batch, key, _: generate(weights, key, batch)
     draw = make_sampler(config, system)
 
     def guided(weights: dict, batch: Batch, key: jax.Array, scale: jax.Array) -> jax.Array:
