@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def export(
     data: str = "",
     command: str = "",
     license: str = "apache-2.0",
+    beside: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Makes the directory `out` of the workdir `source`.
@@ -84,11 +85,15 @@ def export(
       dtype: of the parameters on the disk, of `exported.DTYPES`.
       title, data, command, license: for the model card; by default the folder's name, what
         config.data.source names, and no command.
+      beside: other systems by their titles, and the evaluations (of a run, or what
+        `cosmos_jax.evaluate` wrote) whose scores the card shows beside the model's.
       overwrite: replace what an earlier export left at `out`.
 
     Raises:
-      UserError: the run is not finished, or `out` cannot be written or replaced.
+      UserError: the run is not finished, `out` cannot be written or replaced, or what is
+        beside is no evaluation.
     """
+    others = {name: _evaluation(path) for name, path in (beside or {}).items()}
     with _directory(out, overwrite) as partial:
         found = read(source)
         text_encoder = found.run.encoder
@@ -107,6 +112,7 @@ def export(
             license=license,
             data=data,
             command=command,
+            beside=others,
         )
         workdir.write_text(partial / CARD, card)
 
@@ -156,6 +162,24 @@ def read(source: Path) -> Trained:
             provenance=trained.provenance(directory, step),
         )
     return Trained(run, finished, stages)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    content = workdir.read_json(path)
+    if not content or "scores" not in content:
+        raise UserError(
+            f"{path} is no evaluation: an evaluation.json, or what evaluate --out wrote"
+        )
+    return content
+
+
+def _titles(values: list[str]) -> dict[str, Path]:
+    """TITLE=FILE, each a title and the evaluation it stands for."""
+    pairs = [value.partition("=") for value in values]
+    for value, (title, equals, path) in zip(values, pairs, strict=True):
+        if not (title and equals and path):
+            raise UserError(f"--beside={value}: needs TITLE=FILE")
+    return {title: Path(path) for title, _, path in pairs}
 
 
 def _results(source: Path, found: Trained) -> dict[str, Any]:
@@ -236,6 +260,9 @@ def define_flags() -> None:
     flags.DEFINE_string("data", "", "What the card says of the data, in Markdown.")
     flags.DEFINE_string("command", "", "How it was trained, for the card.")
     flags.DEFINE_string("license", "apache-2.0", "License of the weights, for the card.")
+    flags.DEFINE_multi_string(
+        "beside", [], "TITLE=FILE: another system's evaluation.json, for the card's scores."
+    )
     flags.DEFINE_bool("overwrite", False, "Replace an earlier export.")
     flags.DEFINE_bool("pth", False, "Write checkpoints in the layout of the authors' PyTorch code.")
 
@@ -260,6 +287,7 @@ def main(argv: list[str]) -> None:
         data=options.data,
         command=options.command,
         license=options.license,
+        beside=_titles(options.beside),
         overwrite=options.overwrite,
     )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6

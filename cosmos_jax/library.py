@@ -24,14 +24,12 @@ from cosmos_jax import (
     guides,
     huggingface,
     pipeline,
+    programs,
     sharding,
 )
-from cosmos_jax.baselines import make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.errors import UserError
 from cosmos_jax.run import Run
-from cosmos_jax.sampling import make_sampler
-from cosmos_jax.stages.base import Batch, row_keys, source_of
 
 # Batches are padded to one of these, so that any number of texts needs four programs at most.
 BATCH_SIZES = (1, 4, 16, 64)
@@ -359,7 +357,7 @@ class Model:
         self, name: str, settings: tuple[tuple[str, Any], ...], guide: guides.Guide | None
     ) -> Callable[..., jax.Array]:
         """(weights, batch, key, dial) -> arrays of one row for each text; made once."""
-        function = _FUNCTIONS[name](self._configured(settings), self.system, guide)
+        function = programs.PROGRAMS[name](self._configured(settings), self.system, guide)
         return jax.jit(function, out_shardings=sharding.batch_layout(self.mesh))
 
     def _call(self, compiled: Callable, batch: dict, *rest: Any) -> Iterator[np.ndarray]:
@@ -378,72 +376,6 @@ class Model:
         for ids_BxL in self._call(compiled, batch, key, np.float32(dial)):
             found += tokens.decode(self.tokenizer, ids_BxL)
         return found
-
-
-def _generate(config: ConfigDict, system: Any, guide: guides.Guide | None) -> Callable:
-    if guide is None:
-        generate = make_generator(config, system)
-        return lambda weights, batch, key, _: generate(weights, key, batch)
-    draw = make_sampler(config, system)
-
-    def guided(weights: dict, batch: Batch, key: jax.Array, scale: jax.Array) -> jax.Array:
-        refine = guides.guided(system, weights, guide, scale)
-        keys_B = row_keys(key, batch["rows"])
-        x_0 = draw(weights, keys_B, source_of(batch), refine=refine)
-        return editing.decode(system, weights, x_0)
-
-    return guided
-
-
-def _trace(config: ConfigDict, system: Any, _: None) -> Callable:
-    draw = make_sampler(config, system)
-
-    def trace(weights: dict, batch: Batch, key: jax.Array) -> jax.Array:
-        keys_B = row_keys(key, batch["rows"])
-        _, x_0_TxBxNxD = draw(weights, keys_B, source_of(batch), trace=True)
-        ids_TxBxL = jax.lax.map(lambda x_0: editing.decode(system, weights, x_0), x_0_TxBxNxD)
-        return ids_TxBxL.swapaxes(0, 1)
-
-    return trace
-
-
-def _encode(config: ConfigDict, system: Any, _: None) -> Callable:
-    return lambda weights, batch: editing.encode(system, weights, batch["ids"], batch["mask"])
-
-
-def _decode(config: ConfigDict, system: Any, _: None) -> Callable:
-    return lambda weights, batch, *_: editing.decode(system, weights, batch["latents"])
-
-
-def _edit(config: ConfigDict, system: Any, _: None) -> Callable:
-    edit = editing.make_editor(config, system)
-
-    def edited(weights: dict, batch: Batch, key: jax.Array, strength: jax.Array) -> jax.Array:
-        keys_B = row_keys(key, batch["rows"])
-        x_0 = edit(weights, keys_B, batch["latents"], strength, source_of(batch))
-        return editing.decode(system, weights, x_0)
-
-    return edited
-
-
-def _infill(config: ConfigDict, system: Any, _: None) -> Callable:
-    infill = editing.make_infiller(config, system)
-    return lambda weights, batch, key: infill(
-        weights,
-        row_keys(key, batch["rows"]),
-        *(batch[name] for name in ("ids", "mask", "given")),
-        source_of(batch),
-    )
-
-
-_FUNCTIONS: dict[str, Callable[..., Callable]] = {
-    "generate": _generate,
-    "trace": _trace,
-    "encode": _encode,
-    "decode": _decode,
-    "edit": _edit,
-    "infill": _infill,
-}
 
 
 @contextlib.contextmanager

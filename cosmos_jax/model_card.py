@@ -45,6 +45,7 @@ def render(
     license: str,
     data: str,
     command: str,
+    beside: Mapping[str, Any],
 ) -> str:
     """The page.
 
@@ -52,6 +53,7 @@ def render(
       directory: where the model is written already; `name` is what it will be called.
       config: of the run, with what it began with.
       results: what the run's folder has of these weights: `evaluation`, `sampling`, `samples`.
+      beside: evaluations of other systems by their titles, as columns of the table of scores.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cosmos_jax"),
@@ -74,7 +76,8 @@ def render(
         command=command,
         training=[_training(config, stage, found.step) for stage, found in stages.items()],
         versions=[f"{package} {number}" for package, number in header["versions"].items()],
-        scores=table.rows(evaluation.get("scores", {})),
+        scores=_scores(evaluation.get("scores", {}), beside),
+        beside=[_cell(title) for title in beside],
         num_scored=_count(evaluation.get("texts", {}).get("generated", {}).get("count", 0)),
         signatures=[
             (score.replace("_", " "), entry["signature"])
@@ -99,6 +102,19 @@ def render(
     # The signatures of scores name the text encoder by its path on this machine.
     text = text.replace(config.encoder.name, _named(config.encoder.name))
     return UNPRINTABLE.sub("\ufffd", text)
+
+
+def _scores(scores: Mapping[str, Any], beside: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table; another system has a value where it was scored in the same way."""
+    rows = []
+    for name, (label, value, real, protocol) in zip(scores, table.rows(scores), strict=True):
+        others = [other["scores"].get(name) for other in beside.values()]
+        cells = [
+            table.value(other) if other and other["protocol"] == protocol else ""
+            for other in others
+        ]
+        rows.append((label, value, *cells, real, protocol))
+    return rows
 
 
 def _facts(

@@ -1,9 +1,9 @@
 """Measures what infilling, edits and guides do to held-out texts.
 
-python tests/control.py --model=runs/quickstart --out=control.json
+python tests/control.py --model=demo/sentences --out=control.json
 
-The model is one of the text in the package. Fluency is perplexity under a trigram model of the
-training texts, so it compares within one table only.
+The model is one of the text in the package, of passages or of sentences. Fluency is
+perplexity under a trigram model of the training texts, so it compares within one table only.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from absl import app, flags
 
 import cosmos_jax
 from cosmos_jax import editing
-from cosmos_jax.data import tokens
+from cosmos_jax.data import documents, tokens
 from cosmos_jax.scores.ngram_model import NgramModel
 from cosmos_jax.stages.base import row_keys
 
@@ -29,9 +29,17 @@ SCALES = (0.0, 1.0, 4.0, 16.0)
 FROM_THE_BIBLE = {"valid": 739, "test": 752}
 
 
-def read(split: str) -> list[str]:
+def read(model: cosmos_jax.Model, split: str) -> tuple[list[str], np.ndarray]:
+    """The texts of a split in the form that the model knows, and which of them are the Bible's."""
     with gzip.open(CORPUS / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        passages = [json.loads(line)["text"] for line in lines]
+    texts, is_bible = [], []
+    for number, passage in enumerate(passages):
+        whole = model.config.data.source != "sentences"
+        for text in [passage] if whole else documents.sentences(passage, 4, 12):
+            texts.append(text)
+            is_bible.append(number < FROM_THE_BIBLE.get(split, 0))
+    return texts, np.array(is_bible)
 
 
 def spread(texts: list[str], num: int) -> list[str]:
@@ -113,13 +121,10 @@ def classifier(model: cosmos_jax.Model, texts: list[str], is_bible: np.ndarray) 
 
 def guides(model: cosmos_jax.Model, num: int, fluency: NgramModel) -> list[dict]:
     """A classifier learned on one half of the held-out texts steers, that of the other judges."""
-    learned = {}
-    for split, count in FROM_THE_BIBLE.items():
-        texts = read(split)
-        learned[split] = classifier(model, texts, np.arange(len(texts)) < count)
-    texts = read("valid")
+    learned = {split: classifier(model, *read(model, split)) for split in FROM_THE_BIBLE}
+    texts, is_bible = read(model, "valid")
     z = model.encode(texts).reshape(len(texts), -1)
-    right = ((z @ learned["test"]) > 0) == (np.arange(len(texts)) < FROM_THE_BIBLE["valid"])
+    right = ((z @ learned["test"]) > 0) == is_bible
     rows = []
     for name, sign in (("Bible", 1.0), ("novel", -1.0)):
         direction = sign * learned["test"] / np.abs(learned["test"]).mean() / 100
@@ -146,8 +151,8 @@ def main(argv: list[str]) -> None:
     del argv
     num = flags.FLAGS.num
     model = cosmos_jax.load(flags.FLAGS.model)
-    texts = spread(read("test"), num)
-    form = tokens.round_trip(model.tokenizer, read("train"), model.config.data.max_length)
+    texts = spread(read(model, "test")[0], num)
+    form = tokens.round_trip(model.tokenizer, read(model, "train")[0], model.config.data.max_length)
     fluency = NgramModel().fit(form)
     result = {
         "model": model.identity,
@@ -167,7 +172,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "runs/quickstart", "A model of the text in the package.")
+    flags.DEFINE_string("model", "demo/sentences", "A model of the text in the package.")
     flags.DEFINE_integer("num", 256, "Texts.")
     flags.DEFINE_string("out", "", "JSON of all figures.")
     app.run(main)

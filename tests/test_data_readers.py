@@ -252,3 +252,16 @@ def test_jsonl_accepts_exactly_texts_with_something_to_see(tmp_path_factory, tex
     elif not text.strip():
         with pytest.raises(UserError, match="has no text"):
             list(jsonl.rows(path))
+
+
+def test_sentences():
+    text = (
+        'of what was before. He said, "Mr. Knightley is here." Yes. "What do you want?" 3 For the '
+        "Chief Musician. She had hoped for a very great deal more than this, and got it. Then she "
+        "went"
+    )
+    assert list(documents.sentences(text, 3, 12)) == [
+        "He said, Mr. Knightley is here.",
+        "What do you want?",
+    ]
+    assert list(documents.sentences(text, 1, 4)) == ["Yes.", "What do you want?"]

@@ -64,6 +64,18 @@ def test_the_embedded_corpus(directory):
     assert sum(file.stat().st_size for file in builders.CORPUS.iterdir()) < 3.5e6
 
 
+def test_short_sentences_of_the_embedded_corpus(directory):
+    data = sources.load("sentences", str(directory))
+    assert not data.conditional
+    assert 20_000 < len(data.train) < 22_000
+    assert 900 < len(data.valid) < 1_100
+    passages = sources.load("embedded", str(directory)).train
+    whole = " ".join(passages[i].text for i in range(50)).replace('"', "")
+    for i in range(20):
+        assert data.train[i].text in whole
+        assert 4 <= len(data.train[i].text.split()) <= 12
+
+
 def test_one_file_is_split_into_three(tmp_path, directory):
     path = write_jsonl(tmp_path / "mine.jsonl", texts(200))
     data = sources.load(f"jsonl:{path}", str(directory))

@@ -103,6 +103,30 @@ def test_the_page_of_a_conditional_model(finished_pairs, tmp_path):
     assert "model.generate(sources=" in page
 
 
+def test_other_systems_stand_beside_it(finished, tmp_path):
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    other = tmp_path / "other.json"
+    scores = {
+        "diversity": {"value": 0.25, "spread": 0.125, "protocol": "offline"},
+        "ngram_perplexity": {"value": 7.0, "protocol": "offline(block_size=7)"},
+        "bleu": {"value": 1.0, "protocol": "bleu"},
+    }
+    other.write_text(json.dumps({"scores": scores}))
+    export(finished, tmp_path / "out", beside={"theirs": other})
+    table = rows((tmp_path / "out" / "README.md").read_text(), "Scores")
+    assert table[0] == ["score", "generated", "theirs", "real", "protocol"]
+    cells = {row[0]: row[2] for row in table[2:]}
+    assert cells["diversity"] == "0.2500 ± 0.1250"
+    # What was scored by another protocol does not compare.
+    assert cells["ngram perplexity"] == ""
+    assert len(cells) == len(evaluation["scores"])
+
+    other.write_text("{}")
+    with pytest.raises(UserError, match="is no evaluation"):
+        export(finished, tmp_path / "again", beside={"theirs": other})
+    assert not (tmp_path / "again").exists()
+
+
 def test_results_of_other_weights_are_left_out(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     for name in ("evaluation.json", "generation.json"):

@@ -31,6 +31,7 @@ LAYERS = """
     sampling decoding unmasking trained train measure feature_cache latents
     baselines pretrained guides
     describe convert parity pipeline pth editing
+    programs
     samples examples model_card library
     evaluation evaluate results export
     runner

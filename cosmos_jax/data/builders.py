@@ -234,6 +234,15 @@ class Embedded(Jsonl):
         super().__init__(str(CORPUS), directory)
 
 
+class Sentences(Embedded):
+    """Short sentences of the embedded corpus, whole ones, from 4 to 12 words."""
+
+    name = "cosmos_sentences"
+
+    def pieces(self, row: Row) -> Iterator[Row]:
+        return map(Row, documents.sentences(row.text, 4, 12))
+
+
 class RocStories(FileBuilder):
     """The publisher's tables, one or a directory of them; 5% + 5% is the paper's held-out part."""
 
@@ -389,6 +398,7 @@ class Wikipedia(DerivedBuilder):
 
 BUILDERS: Mapping[str, Callable[[str, str], TextBuilder]] = {
     "embedded": Embedded,
+    "sentences": Sentences,
     "jsonl": Jsonl,
     "rocstories": RocStories,
     "paradetox": ParaDetox,

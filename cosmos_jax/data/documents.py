@@ -14,6 +14,9 @@ from cosmos_jax.errors import UserError
 SUFFIXES = (".txt", ".txt.gz", *jsonl.SUFFIXES)
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"""[.!?\u2026]["')\]\u2019\u201d]*$""")
+_TITLE = re.compile(r"(?:Mr|Mrs|Messrs|Dr|St|Capt|Col|Rev|Sir|[A-Z])\.$")
+_SENTENCE = re.compile(r"[A-Z][^\d_*\[\]]*[.!?]$")
+_QUOTATION_MARKS = re.compile('["\u201c\u201d]')
 
 
 def documents(path: Path) -> Iterator[Row]:
@@ -51,3 +54,18 @@ def pieces(text: str, max_words: int) -> Iterator[str]:
         end = last if start < last <= limit else limit
         yield " ".join(words[start:end])
         start = end
+
+
+def sentences(text: str, min_words: int, max_words: int) -> Iterator[str]:
+    """The sentences of that many words, without quotation marks: one often has half a pair.
+
+    Left out is what begins in the middle of a sentence or has digits, as headings have.
+    """
+    words: list[str] = []
+    for word in _QUOTATION_MARKS.sub("", text).split():
+        words.append(word)
+        if _SENTENCE_END.search(word) and not _TITLE.match(word):
+            sentence = " ".join(words)
+            if min_words <= len(words) <= max_words and _SENTENCE.match(sentence):
+                yield sentence
+            words = []

@@ -62,6 +62,7 @@ class Spread:
 # Whether a source's name is followed by `:PATH`.
 SOURCES = {
     "embedded": False,
+    "sentences": False,
     "jsonl": True,
     "rocstories": True,
     "paradetox": True,

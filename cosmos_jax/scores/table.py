@@ -9,7 +9,7 @@ def rows(scores: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, s
     return [
         (
             name.replace("_", " "),
-            number(score["value"]) + (f" ± {number(score['spread'])}" if "spread" in score else ""),
+            value(score),
             number(score["real"]) if "real" in score else "",
             score["protocol"],
         )
@@ -17,13 +17,19 @@ def rows(scores: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, s
     ]
 
 
+def value(score: Mapping[str, Any]) -> str:
+    """The value of a score, with its spread if it has one."""
+    spread = f" ± {number(score['spread'])}" if "spread" in score else ""
+    return number(score["value"]) + spread
+
+
 def lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table as text."""
     cells = [("", "generated", "real", "protocol"), *rows(scores)]
     widths = [max(len(row[column]) for row in cells) for column in range(3)]
     return [
-        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {real:>{widths[2]}}  {protocol}".rstrip()
-        for name, value, real, protocol in cells
+        f"{name:<{widths[0]}}  {ours:>{widths[1]}}  {real:>{widths[2]}}  {protocol}".rstrip()
+        for name, ours, real, protocol in cells
     ]
 
 

@@ -1,0 +1,22 @@
+"""The demo model of summarisation: the one-line synopsis of a Debian package from its description.
+
+python -m cosmos_jax.main --config=configs/demo/synopses.py --workdir=runs/demo_synopses \\
+    --config.data.source=jsonl:synopses
+
+`python demo/debian_synopses.py synopses` makes the data from the package lists of any Debian.
+"""
+
+from configs.demo import sentences
+
+
+def get_config():
+    config = sentences.get_config()
+    config.data.source = "jsonl:synopses"
+    config.data.conditional = True
+    config.data.max_length = 20
+    config.data.max_source_length = 32
+    config.autoencoder.num_latents = 8
+    config.diffusion.condition_layers = 1
+    config.diffusion.batch_size = 32
+    config.evaluate.protocols = "rouge,offline"
+    return config
