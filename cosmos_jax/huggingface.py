@@ -74,6 +74,7 @@ def _hub_directory(name: str, what: str, weights: bool, instead: str) -> Path:
         directory = Path(cached).parent
         have = {path.name for path in directory.iterdir()}
         complete = {"tokenizer.json", "tokenizer_config.json"} <= have
+        complete = complete and _own_encoder_is_there(directory)
         if complete and (not weights or _weights_among(have)):
             return directory
     try:
@@ -84,6 +85,7 @@ def _hub_directory(name: str, what: str, weights: bool, instead: str) -> Path:
         wanted = [file for file in ("config.json", *TOKENIZER) if file in there]
         if weights:
             wanted += _weights_among(there)
+            wanted += sorted(file for file in there if file.startswith("encoder/"))
         paths = [hf_hub_download(name, file) for file in wanted]
     # The hub's errors have no common base, and those of its HTTP client depend on its version.
     except Exception as error:
@@ -95,6 +97,13 @@ def _hub_directory(name: str, what: str, weights: bool, instead: str) -> Path:
     if not paths:
         raise UserError(f"{what} {name!r}: its repository holds no such model")
     return Path(paths[0]).parent
+
+
+def _own_encoder_is_there(directory: Path) -> bool:
+    """Whether an exported model that comes with its text encoder is whole; see `exported.py`."""
+    encoder = read_json(directory / "config.json").get("encoder")
+    own = isinstance(encoder, dict) and encoder.get("name") == "encoder"
+    return not own or (directory / "encoder" / "config.json").exists()
 
 
 def _weights_among(names: Iterable[str]) -> list[str]:

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # From a fresh machine to generated text: bash launch/quickstart.sh [WORKDIR] [FLAG...]
 #
-# Trains a small Cosmos on the text in the package, with flags such as
-# --config.data.source=jsonl:PATH on yours. Run again, it goes on where it stopped.
+# Shows what the small models in demo/ write, then trains a denoiser in the latent space of one
+# of them, on the short sentences in the package. With flags for other texts, another encoder or
+# autoencoder, such as --config.data.source=jsonl:PATH, both stages are trained, on those.
+# Run again, it goes on where it stopped.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,5 +17,21 @@ fi
 bash "$root/launch/install.sh"
 # Not `cd`: relative paths in the arguments are the caller's.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "${COSMOS_VENV:-$root/.venv}/bin/python" -m cosmos_jax.main \
-    --config="$root/configs/quickstart.py" --workdir="$workdir" "$@"
+python=${COSMOS_VENV:-$root/.venv}/bin/python
+
+if [[ ! -e $workdir ]]; then
+    echo "Sentences by the model in demo/sentences:"
+    "$python" -m cosmos_jax.generate --model="$root/demo/sentences" --num=8
+    echo "Descriptions, and their synopses by the model in demo/synopses:"
+    "$python" -m cosmos_jax.generate --model="$root/demo/synopses" \
+        --input="$root/demo/descriptions.txt" | paste -d '\n' "$root/demo/descriptions.txt" -
+    echo "Training another one, in $workdir"
+fi
+
+flags=(--config="$root/configs/demo/quickstart.py" --config.autoencoder.pretrained="$root/demo/sentences")
+case " $*" in
+    *" --config.data."* | *" --config.encoder."* | *" --config.autoencoder."*)
+        flags=(--config="$root/configs/quickstart.py")
+        ;;
+esac
+exec "$python" -m cosmos_jax.main "${flags[@]}" --workdir="$workdir" "$@"

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from random_params import random_params
 import cosmos_jax
 from cosmos_jax import consensus, editing, guides, latents, pipeline
 from cosmos_jax.errors import UserError
+from cosmos_jax.export import export
 from cosmos_jax.sampling import make_sampler
 from cosmos_jax.stages.base import row_keys
 
@@ -218,6 +221,28 @@ def test_a_run_in_training_is_loaded_as_far_as_it_is(finished, tmp_path, caplog)
     shutil.rmtree(workdir / "diffusion")
     with pytest.raises(UserError, match="holds no checkpoint"):
         cosmos_jax.load(workdir)
+
+
+def test_a_model_of_the_hub_comes_with_its_encoder(model, finished, tmp_path, monkeypatch):
+    """The hub is a folder here; a second time nothing is asked of it."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    export(finished, hub)
+    files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    def download(_, file):
+        (cache / file).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(hub / file, cache / file))
+
+    def cached(_, file):
+        return str(cache / file) if (cache / file).exists() else None
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert cosmos_jax.load("someone/words").generate(2) == model.generate(2)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    assert cosmos_jax.load("someone/words").generate(2) == model.generate(2)
 
 
 def test_what_is_no_model_is_refused(tmp_path):

@@ -386,6 +386,17 @@ def test_every_config_at_its_full_size(name):
     assert description["flops"]["autoencoder_training_step"] > 6 * counts["compressor"] * tokens / 4
 
 
+@pytest.mark.parametrize("name", ["quickstart", "sentences", "synopses"])
+def test_the_configs_of_the_demos(name):
+    config, own = load_config(f"demo/{name}"), load_config("demo/sentences")
+    config_lib.validate(config)
+    counts = describe(config)["parameters"]
+    assert ("condition_encoder" in counts) == (name == "synopses")
+    if name == "quickstart":  # a denoiser of the same latents
+        own.autoencoder.pretrained = config.autoencoder.pretrained
+        assert describe(own)["parameters"] == counts
+
+
 def test_a_shallow_decompressor():
     """3 of 12 layers, each of 6 d^2 in attention, 8 d^2 in the MLP and some vectors."""
     config = load_config("rocstories")

@@ -1,0 +1,67 @@
+"""The models in demo/: small, whole, and what their cards say."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cosmos_jax
+from cosmos_jax import exported
+from cosmos_jax.data import sources, tokens
+
+DEMO = Path(__file__).parents[1] / "demo"
+NAMES = ("sentences", "synopses")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    return cosmos_jax.load(DEMO / request.param)
+
+
+def test_there_are_no_others():
+    assert {path.name for path in DEMO.iterdir() if exported.is_exported(path)} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card(name):
+    directory = DEMO / name
+    assert sum(path.stat().st_size for path in directory.rglob("*")) <= 30e6
+    card = (directory / "README.md").read_text()
+    assert f"--config=configs/demo/{name}.py" in card
+    table = card.split("\n## Scores\n")[1].split("\n## ")[0]
+    assert "autoregressive" in table
+    assert ("first words" in table) == (name == "synopses")
+    samples = card.split("\n## Samples\n")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\d+\. ", samples, re.M)) == 12
+    assert "none left out" in samples
+    assert not re.search(r"/tmp|/root|/home", card)
+
+
+def test_texts_of_a_seed(model):
+    if model.conditional:
+        given = (DEMO / "descriptions.txt").read_text().splitlines()
+        first, again = (model.generate(sources=given, seed=3) for _ in range(2))
+    else:
+        first, again = (model.generate(3, seed=3) for _ in range(2))
+    assert first == again
+    assert len(set(first)) == 3
+    assert all(len(text.split()) >= 2 for text in first)
+
+
+def test_it_reconstructs_as_its_card_says():
+    """The share of tokens, counted anew on held-out sentences, of weights rounded for the disk."""
+    model = cosmos_jax.load(DEMO / "sentences")
+    valid = sources.load("sentences").valid
+    texts = sources.first_texts(valid, 1_000)
+    length = model.config.data.max_length
+    given = tokens.encode(model.tokenizer, texts, length)
+    back = tokens.encode(model.tokenizer, model.reconstruct(texts), length)
+    same = [
+        np.mean([a in found for a in ids])
+        for ids, found in zip(given.ids_BxL, back.ids_BxL, strict=True)
+    ]
+    evaluation = json.loads((DEMO / "sentences" / "evaluation.json").read_text())
+    said = evaluation["held_out"]["autoencoder"]["token_accuracy"]
+    assert abs(np.mean(same) - said) < 0.03
