@@ -32,7 +32,7 @@ def make(name, **fields):
         "encoder.hidden_size": WIDTH, "encoder.num_heads": 2, "encoder.num_layers": 1,
         "encoder.intermediate_size": 256, "encoder.vocab_size": WORDS,
         "data.max_length": LENGTH, "autoencoder.num_latents": LATENTS, "dtype": "float32",
-        "autoencoder.num_layers": 2, "diffusion.num_layers": 2,
+        "autoencoder.num_layers": 1, "diffusion.num_layers": 2,
         "autoencoder.num_heads": 2, "diffusion.num_heads": 2,
         **{key.replace("__", "."): value for key, value in fields.items()},
     })
