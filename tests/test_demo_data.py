@@ -298,3 +298,22 @@ def test_files_appear_together_or_not_at_all(tmp_path, monkeypatch):
     demo.write(tmp_path / "out", parts)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert {path.stem for path in (tmp_path / "out").iterdir()} == set(parts)
+
+
+def test_the_first_words_of_sources(tmp_path):
+    """As many as references have on average, rounded: here 3."""
+    rows = [
+        {"source": "one two three four", "reference": "a b", "text": "x"},
+        {"source": "five", "reference": "a b c", "text": "y"},
+        {"source": "six seven eight nine", "reference": "a b c d", "text": ""},
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(ROOT / "demo" / "first_words.py")]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["text"] for row in found] == ["one two three", "five", "six seven eight"]
+    assert [row["reference"] for row in found] == [row["reference"] for row in rows]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
