@@ -176,7 +176,9 @@ def _write_encoder(sizes: BertConfig, bert: Tensors, tokenizer: Any, directory: 
     directory.mkdir(parents=True)
     workdir.write_json(directory / "config.json", sizes.to_huggingface())
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in bert.items()}
-    safetensors.numpy.save_file(arrays, directory / "model.safetensors")
+    path = directory / "model.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+    shutil.copymode(directory / "config.json", path)  # it is written for its owner alone
     tokenizer.save_pretrained(str(directory))
 
 
