@@ -584,3 +584,44 @@ def test_worker_keeps_one_run_and_stops_it(worker):
     assert on_worker(worker, "follow").returncode == 75
     assert "no run" in error_of(on_worker(worker, "stop"))
     assert len(worker.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ([], "demo/quickstart"),
+        (["--config.diffusion.steps=5"], "demo/quickstart"),
+        (["--config.data.source=jsonl:texts"], "quickstart"),
+        (["--seed=1", "--config.encoder.name=here"], "quickstart"),
+        (["--config.autoencoder.steps=5"], "quickstart"),
+    ],
+)
+def test_the_quickstart_begins_with_the_demo_unless_something_else_is_given(
+    tmp_path, flags, config
+):
+    """With a Python that says what it is asked to run."""
+    venv, workdir = tmp_path / "venv", tmp_path / "run"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "asked: $*"\n')
+    python.chmod(0o755)
+    for name in ("requirements.txt", "requirements-encoder.txt"):  # as if they were installed
+        (venv / name).write_bytes((ROOT / name).read_bytes())
+
+    def asked():
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / "quickstart.sh"), str(workdir), *flags],
+            **{"capture_output": True, "text": True, "check": True},
+            env=os.environ | {"COSMOS_VENV": str(venv)},
+        )
+        return [line for line in done.stdout.splitlines() if "asked: -m cosmos_jax" in line]
+
+    sentences, synopses, training = asked()
+    assert f"generate --model={ROOT}/demo/sentences --num=8" in sentences
+    assert f"generate --model={ROOT}/demo/synopses --input=" in synopses
+    assert f"main --config={ROOT}/configs/{config}.py " in training
+    assert training.endswith(" ".join([f"--workdir={workdir}", *flags]))
+    given = f"--config.autoencoder.pretrained={ROOT}/demo/sentences"
+    assert (given in training) == (config == "demo/quickstart")
+    workdir.mkdir()
+    assert asked() == [training]
