@@ -1,6 +1,6 @@
 """Measures what infilling, edits and guides do to held-out texts.
 
-python tests/control.py --model=demo/sentences --out=control.json
+PYTHONPATH=. python tests/control.py --model=demo/sentences --out=control.json
 
 The model is one of the text in the package, of passages or of sentences. Fluency is
 perplexity under a trigram model of the training texts, so it compares within one table only.

@@ -36,13 +36,13 @@ def get_config():
     ar.num_layers = 2
     ar.num_heads = 6
     ar.batch_size = 64
-    ar.steps = 2_000
+    ar.steps = 1_200
     ar.optimizer.learning_rate = 1e-3
     ar.optimizer.final_learning_rate = 1e-4
     ar.optimizer.warmup_steps = 100
     ar.ema_decay = 0.99
     ar.statistics_texts = 20_000
-    ar.evaluate_every = 1_000
+    ar.evaluate_every = 600
     ar.checkpoint_every = 500
 
     config.generate.num_texts = 1_000
