@@ -1,6 +1,6 @@
 """What saving costs a training run: blocks of steps with and without a save, by turns.
 
-PYTHONPATH=. python tests/save_cost.py [--interval=200] [--blocks=5] [--config=configs/quickstart.py]
+PYTHONPATH=. python tests/save_cost.py [--interval=200] [--blocks=5] [--config=FILE]
 
 Prints JSON: seconds of the median block with and without, the share that a save adds, how long
 the loop stands still for it, and the size of a checkpoint.
