@@ -9,6 +9,7 @@ def get_config():
     df = config.diffusion
     df.steps = 1_500
     df.ema_decay = 0.99
+    df.statistics_texts = 2_000
     df.evaluate_every = 750
     df.checkpoint_every = 500
     config.generate.num_texts = 200
