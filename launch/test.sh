@@ -11,4 +11,4 @@ shellcheck launch/*.sh .ci/run
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n auto --dist loadgroup --no-loadscope-reorder "$@"
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

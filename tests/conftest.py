@@ -19,21 +19,17 @@ if _FIRST:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
-# The tests of each of these rest on something that takes long to make: one worker has them all.
-# They begin first; begun last, one would keep one core busy and leave the others idle.
-TOGETHER = """
-test_scale test_compiled test_interrupted test_notebook test_train test_study test_benchmark
-test_baselines test_export test_exported test_library test_demo_models
+# Begun last, one of these would keep one core busy and leave the others idle. All tests of a file
+# run on one worker (launch/test.sh), as they share what takes long to make.
+LONGEST_FIRST = """
+test_scale test_compiled test_interrupted test_train test_baselines test_main test_notebook
+test_study test_benchmark test_generate test_export test_exported test_library
 """.split()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    place = {name: number for number, name in enumerate(TOGETHER)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
-    for item in items:
-        if item.path.stem in place:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # keeps the order otherwise
 
 
 def pytest_unconfigure():
