@@ -1,6 +1,6 @@
 """Everything once, small enough for two CPU cores: 32 tokens of public-domain prose in 8 latents.
 
-bash launch/quickstart.sh
+bash launch/quickstart.sh runs/mine --config.data.source=jsonl:PATH
 """
 
 from cosmos_jax import config as config_lib

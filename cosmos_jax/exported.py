@@ -40,7 +40,7 @@ from cosmos_jax.errors import UserError
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
-ENCODER = "encoder"
+ENCODER = huggingface.ENCODER
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

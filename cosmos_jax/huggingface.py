@@ -31,6 +31,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 TOKENIZER = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
+# Folder of the text encoder that an exported model may come with; see `exported.py`.
+ENCODER = "encoder"
+
 # Seconds to wait for the first answer of the hub.
 HUB_TIMEOUT = 10
 
@@ -74,8 +77,7 @@ def _hub_directory(name: str, what: str, weights: bool, instead: str) -> Path:
         directory = Path(cached).parent
         have = {path.name for path in directory.iterdir()}
         complete = {"tokenizer.json", "tokenizer_config.json"} <= have
-        complete = complete and _own_encoder_is_there(directory)
-        if complete and (not weights or _weights_among(have)):
+        if complete and _own_encoder_is_there(directory) and (not weights or _weights_among(have)):
             return directory
     try:
         # Asking for the list of files first fails at once where there is no network; a
@@ -85,7 +87,7 @@ def _hub_directory(name: str, what: str, weights: bool, instead: str) -> Path:
         wanted = [file for file in ("config.json", *TOKENIZER) if file in there]
         if weights:
             wanted += _weights_among(there)
-            wanted += sorted(file for file in there if file.startswith("encoder/"))
+            wanted += sorted(file for file in there if file.startswith(f"{ENCODER}/"))
         paths = [hf_hub_download(name, file) for file in wanted]
     # The hub's errors have no common base, and those of its HTTP client depend on its version.
     except Exception as error:
@@ -102,8 +104,8 @@ def _hub_directory(name: str, what: str, weights: bool, instead: str) -> Path:
 def _own_encoder_is_there(directory: Path) -> bool:
     """Whether an exported model that comes with its text encoder is whole; see `exported.py`."""
     encoder = read_json(directory / "config.json").get("encoder")
-    own = isinstance(encoder, dict) and encoder.get("name") == "encoder"
-    return not own or (directory / "encoder" / "config.json").exists()
+    own = isinstance(encoder, dict) and encoder.get("name") == ENCODER
+    return not own or (directory / ENCODER / "config.json").exists()
 
 
 def _weights_among(names: Iterable[str]) -> list[str]:

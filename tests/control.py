@@ -34,8 +34,8 @@ def read(model: cosmos_jax.Model, split: str) -> tuple[list[str], np.ndarray]:
     with gzip.open(CORPUS / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
         passages = [json.loads(line)["text"] for line in lines]
     texts, is_bible = [], []
+    whole = model.config.data.source != "sentences"
     for number, passage in enumerate(passages):
-        whole = model.config.data.source != "sentences"
         for text in [passage] if whole else documents.sentences(passage, 4, 12):
             texts.append(text)
             is_bible.append(number < FROM_THE_BIBLE.get(split, 0))

@@ -45,9 +45,8 @@ def test_texts_of_a_seed(model):
     assert all(len(text.split()) >= 2 for text in first)
 
 
-def test_it_reconstructs_as_its_card_says():
+def test_it_reconstructs_as_its_card_says(model):
     """The share of tokens, counted anew on held-out sentences, of weights rounded for the disk."""
-    model = cosmos_jax.load(DEMO / "sentences")
     valid = sources.load("sentences").valid
     texts = sources.first_texts(valid, 1_000)
     length = model.config.data.max_length
