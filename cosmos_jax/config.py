@@ -422,7 +422,7 @@ def validate(config: ConfigDict) -> None:
     require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")
     require(config.autoencoder.position_std > 0, "autoencoder.position_std", "positive")
     require(config.diffusion.num_layers % 2 == 0, "diffusion.num_layers", "even")
-    require(config.diffusion.condition_layers >= 1, "diffusion.condition_layers", "at least 1")
+    require(config.diffusion.condition_layers >= 0, "diffusion.condition_layers", "0 or more")
     require(1e-3 <= config.diffusion.min_time < 1, "diffusion.min_time", "from 0.001 to below 1")
     require(config.diffusion.schedule_d > 0, "diffusion.schedule_d", "positive")
     require(config.dtype in ("float32", "bfloat16"), "dtype", "float32 or bfloat16")

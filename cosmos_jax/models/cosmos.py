@@ -142,7 +142,7 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         width=encoder.hidden_size,
         num_heads=config.diffusion.num_heads,
         num_layers=config.diffusion.num_layers,
-        condition_layers=config.diffusion.condition_layers if config.data.conditional else 0,
+        condition_layers=config.diffusion.condition_layers,
         max_source_length=config.data.max_source_length if config.data.conditional else 0,
         remat=config.diffusion.remat,
     )

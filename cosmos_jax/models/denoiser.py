@@ -32,9 +32,10 @@ TIME_MAX_PERIOD = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    """Sizes of the denoiser; `condition_layers` = 0 makes it unconditional.
+    """Sizes of the denoiser; `max_source_length` = 0 makes it unconditional.
 
-    `mlp_width` is the inner width of the MLPs; 0 stands for 4 times the width.
+    `mlp_width` is the inner width of the MLPs; 0 stands for 4 times the width. Without
+    `condition_layers` cross-attention reads the frozen states of the source, normed.
     """
 
     width: int
@@ -47,7 +48,7 @@ class DenoiserConfig:
 
     @property
     def conditional(self) -> bool:
-        return self.condition_layers > 0
+        return self.max_source_length > 0
 
 
 KeysValues = tuple[jax.Array, jax.Array]

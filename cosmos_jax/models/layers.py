@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Dtype = Any
 NORM_EPS = 1e-5
@@ -122,9 +123,10 @@ class SwiGLU(nn.Module):
 def rotate(x_BxTxHxK: jax.Array) -> jax.Array:
     """Rotary position embedding of positions 0..T-1 in the half-rotation layout."""
     length, width = x_BxTxHxK.shape[1], x_BxTxHxK.shape[-1]
-    frequencies = ROPE_THETA ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles_TxK = jnp.tile(jnp.outer(jnp.arange(length), frequencies), (1, 2))
-    cos, sin = jnp.cos(angles_TxK)[:, None], jnp.sin(angles_TxK)[:, None]
+    # By NumPy: constants, where XLA would compute them anew for every element of x.
+    frequencies = np.float32(ROPE_THETA) ** (-np.arange(0, width, 2, dtype=np.float32) / width)
+    angles_TxK = np.tile(np.outer(np.arange(length, dtype=np.float32), frequencies), (1, 2))
+    cos, sin = np.cos(angles_TxK)[:, None], np.sin(angles_TxK)[:, None]
     x32 = x_BxTxHxK.astype(jnp.float32)
     first, second = jnp.split(x32, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
