@@ -8,11 +8,11 @@ among their samples.
 
 from collections.abc import Sequence
 
-from rouge_score import rouge_scorer
-
 
 def best(candidates: Sequence[str]) -> str:
     """Equation (1); the first of equals."""
+    from rouge_score import rouge_scorer  # loads SciPy's statistics, which takes a second
+
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     total = [0.0] * len(candidates)
     for i, one in enumerate(candidates):

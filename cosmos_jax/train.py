@@ -173,6 +173,7 @@ def train(
         )
         key = run.key(f"{stage.name}/step")
         validate = make_validation(stage, run, held_out)
+        report = metrics.report_writer(run.workdir)
 
         def evaluate(step: int) -> metrics.Values:
             params = state.params if state.ema is None else state.ema
@@ -180,7 +181,7 @@ def train(
             values = {f"validation_{name}": value for name, value in values.items()}
             writer.write(step, values)
             if first:
-                metrics.write_report(run.workdir)
+                report()
             return values
 
         def log(step: int, values: dict[str, jax.Array]) -> None:

@@ -30,7 +30,6 @@ import tiny as tiny_lib
 
 # Seconds after which a process that neither ends nor gets where it is to be killed has failed.
 PATIENCE = 300
-STEPS = 60  # of each stage
 
 # How a process kills itself: an event that Python audits, a part of the name of its file, the
 # number of the time that this happens, and the signal.
@@ -44,10 +43,8 @@ context.set_forkserver_preload(["jax", "orbax.checkpoint", "transformers", "soak
 def config(tiny: tiny_lib.Tiny):
     """A conditional run of some seconds, with saves, samples and scores in many pieces."""
     return tiny.pairs_config(
-        autoencoder__steps=STEPS,
-        autoencoder__checkpoint_every=6,
-        diffusion__steps=STEPS,
-        diffusion__checkpoint_every=6,
+        autoencoder__checkpoint_every=8,
+        diffusion__checkpoint_every=3,
         diffusion__best_metric="validation_loss",
         generate__num_texts=10,
         generate__batch_size=2,

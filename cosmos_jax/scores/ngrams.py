@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import sacrebleu
-from rouge_score import rouge_scorer
 
 from cosmos_jax.errors import UserError
 from cosmos_jax.scores.score import JACKKNIFE, Flag, Score, jackknife, mean
@@ -110,6 +109,8 @@ def rouge(
     `stemming` reduces words to Porter stems first, as is usual for summaries. UserError
     without pairs or if the two are not equally many.
     """
+    from rouge_score import rouge_scorer  # loads SciPy's statistics, which takes a second
+
     _require_pairs(predictions, references)
     scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=stemming)
     pairs = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
