@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import sacrebleu
-from absl import app, flags
+from absl import flags
 
 import cosmos_jax
-from cosmos_jax import editing
+from cosmos_jax import commands, editing
 from cosmos_jax.data import documents, tokens
 from cosmos_jax.scores.ngram_model import NgramModel
 from cosmos_jax.stages.base import row_keys
@@ -148,7 +148,7 @@ def guides(model: cosmos_jax.Model, num: int, fluency: NgramModel) -> list[dict]
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    commands.check_arguments(argv)
     num = flags.FLAGS.num
     model = cosmos_jax.load(flags.FLAGS.model)
     texts = spread(read(model, "test")[0], num)
@@ -175,4 +175,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "demo/sentences", "A model of the text in the package.")
     flags.DEFINE_integer("num", 256, "Texts.")
     flags.DEFINE_string("out", "", "JSON of all figures.")
-    app.run(main)
+    commands.run(main)

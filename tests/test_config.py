@@ -56,7 +56,6 @@ POSITIVE = (
     "data.max_source_length",
     "autoencoder.num_latents",
     "diffusion.num_sampling_steps",
-    "diffusion.condition_layers",
     "generate.num_texts",
     "generate.batch_size",
     "evaluate.num_texts",
@@ -96,6 +95,7 @@ BAD = [
     *((f"{stage}.num_heads", 256) for stage in STAGES),  # heads of width 3 cannot rotate
     ("system", "diffusion"),
     ("autoencoder.decompressor_layers", -1),
+    ("diffusion.condition_layers", -1),
     ("autoencoder.compress", False),  # 16 latents for 128 tokens
     ("diffusion.time_grid", "cosine"),
     ("diffusion.rescale", "clip"),

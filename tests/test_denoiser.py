@@ -1,5 +1,6 @@
 """The denoiser and its condition encoder: sizes, masks, and layers by hand."""
 
+import dataclasses
 import functools
 import math
 
@@ -115,6 +116,16 @@ def test_condition_encoder_never_sees_padding_or_neighbours():
     assert np.abs(changed[1] - condition[1])[:3].max() > 1e-3
     shorter = apply(source[:, :3], MASK[:, :3])
     np.testing.assert_allclose(shorter[1, :3], condition[1, :3], atol=1e-5)
+
+
+def test_without_layers_the_condition_is_the_source_normed():
+    module = ConditionEncoder(dataclasses.replace(TINY, condition_layers=0))
+    source = random(0, 3, 6, 16)
+    params = random_params(module, source, MASK)
+    assert set(params["params"]) == {"norm_out", "positions"}
+    rms = np.sqrt((source**2).mean(axis=-1, keepdims=True))
+    expected = source / rms * params["params"]["norm_out"]["gain"] + params["params"]["positions"]
+    np.testing.assert_allclose(module.apply(params, source, MASK), expected, atol=1e-5)
 
 
 def test_bfloat16_answers_in_float32():
