@@ -122,8 +122,8 @@ def write_report(workdir: Path) -> None:
 
 
 def report_writer(workdir: Path) -> Callable[[], None]:
-    """`write_report` for calls in quick succession: left out where it would take a tenth of
-    the time. The run writes the last one itself."""
+    """`write_report` for many calls: some write nothing, so that it takes a tenth of the time at
+    most. A run writes its last report itself."""
     due = 0.0
 
     def write() -> None:

@@ -36,7 +36,7 @@ def read(model: cosmos_jax.Model, split: str) -> tuple[list[str], np.ndarray]:
     texts, is_bible = [], []
     whole = model.config.data.source != "sentences"
     for number, passage in enumerate(passages):
-        for text in [passage] if whole else documents.sentences(passage, 4, 12):
+        for text in [passage] if whole else documents.sentences(passage):
             texts.append(text)
             is_bible.append(number < FROM_THE_BIBLE.get(split, 0))
     return texts, np.array(is_bible)

@@ -60,3 +60,19 @@ def test_progress_counts_from_where_it_goes_on(monkeypatch):
     assert list(metrics.counted(iter("abc"), bar)) == ["a", "b", "c"]
     assert bar.n == 7
     assert stream.getvalue().startswith("\rautoencoder:  40%")
+
+
+def test_reports_take_at_most_a_tenth_of_the_time(monkeypatch, tmp_path):
+    clock, written = [0.0], []
+
+    def write(workdir):
+        written.append((workdir, clock[0]))
+        clock[0] += 2
+
+    monkeypatch.setattr(metrics, "write_report", write)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    report = metrics.report_writer(tmp_path)
+    for second in range(100, 160):
+        clock[0] = second
+        report()
+    assert written == [(tmp_path, second) for second in (100, 122, 144)]

@@ -240,7 +240,7 @@ class Sentences(Embedded):
     name = "cosmos_sentences"
 
     def pieces(self, row: Row) -> Iterator[Row]:
-        return map(Row, documents.sentences(row.text, 4, 12))
+        return map(Row, documents.sentences(row.text))
 
 
 class RocStories(FileBuilder):

@@ -56,7 +56,7 @@ def pieces(text: str, max_words: int) -> Iterator[str]:
         start = end
 
 
-def sentences(text: str, min_words: int, max_words: int) -> Iterator[str]:
+def sentences(text: str, min_words: int = 4, max_words: int = 12) -> Iterator[str]:
     """The sentences of that many words, without quotation marks: one often has half a pair.
 
     Left out is what begins in the middle of a sentence or has digits, as headings have.
