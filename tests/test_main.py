@@ -64,7 +64,7 @@ def test_what_a_run_leaves(complete, tiny):
         "data.conditional": conditional,
         "encoder.vocab_size": 60,
         "encoder.hidden_size": 32,
-        "encoder.num_layers": 1,
+        "encoder.num_layers": 2,
         "encoder.num_heads": 4,
         "encoder.intermediate_size": 64,
         "encoder.max_positions": 14,

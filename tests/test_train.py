@@ -408,7 +408,7 @@ def test_the_best_checkpoint_is_kept_and_the_next_stage_uses_it(tiny, tmp_path, 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     directory = shutil.copytree(tiny.encoder, tmp_path / "encoder")
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
-    tensors["encoder.layer.0.output.LayerNorm.bias"][3] = np.nan
+    tensors["encoder.layer.1.output.LayerNorm.bias"][3] = np.nan
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     with pytest.raises(UserError, match="autoencoder: the loss is not finite at step 1; "):
         run_stages(tiny.config(encoder__name=str(directory)), tmp_path / "run")
