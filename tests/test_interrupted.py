@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
 # A save takes milliseconds: these kills come from within, before one of the first files of a
 # checkpoint is opened, or before a folder of one of its 6 items or its own gets its last name.
-SAVING = (("open", 9, KILL), ("os.rename", 7, TERM))
+SAVING = (("open", 9, KILL), ("os.rename", 7, KILL), ("os.rename", 7, TERM))
 # So does what comes after, when one of these files is opened.
 AFTERWARDS = ("samples.partial", "evaluation.partial")
 

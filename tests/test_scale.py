@@ -97,7 +97,7 @@ for path in sys.argv[1:]:
 """
 
 # All three axes at once are those of the two processes below.
-MESHES = {"data and fsdp": (2, 4, 1)}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1)}
 
 
 @pytest.fixture(scope="module")
