@@ -106,6 +106,9 @@ def base() -> ConfigDict:
     df.num_layers = 12
     df.num_heads = 12
     df.condition_layers = 12  # 0: cross-attention reads the frozen states of the source
+    # Not the paper's: small denoisers learn faster with them, see models/denoiser.py.
+    df.latent_positions = False
+    df.time_gains = False
     df.schedule_d = 5.0
     df.self_condition_rate = 0.5
     df.source_dropout_rate = 0.1  # sources hidden in training, for guidance

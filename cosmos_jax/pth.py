@@ -31,6 +31,9 @@ def check(config: ConfigDict, stages: Mapping[str, Exported], encoder: TextEncod
         raise UserError(f"--pth: the release has no layout for config.system {config.system!r}")
     if not config.autoencoder.compress:
         raise UserError("--pth: the release has no layout for an autoencoder without compression")
+    for part in ("latent_positions", "time_gains"):
+        if config.diffusion[part]:
+            raise UserError(f"--pth: the release has no layout for config.diffusion.{part}")
     vocabulary = stages["autoencoder"].statistics["vocabulary"]
     if not np.array_equal(vocabulary, np.arange(size)):
         raise UserError(

@@ -137,6 +137,43 @@ def test_bfloat16_answers_in_float32():
     assert 0 < error < 0.3
 
 
+def test_positions_are_added_to_the_latents():
+    plain, inputs = denoiser(True)
+    module = Denoiser(dataclasses.replace(TINY, latent_positions=True))
+    params = dict(plain.__wrapped__.args[0]["params"])
+    positions = random(9, 5, 16)
+    x_t, *rest = inputs
+    found = jax.jit(module.apply)({"params": params | {"positions": positions}}, x_t, *rest)
+    np.testing.assert_allclose(found, plain(x_t + positions, *rest), atol=1e-5)
+    started = jax.jit(module.init)(jax.random.key(0), x_t, *rest)["params"]["positions"]
+    assert started.shape == (5, 16)
+    assert 0.7 < started.std() < 1.3
+
+
+def test_gains_scale_the_estimate_and_let_the_noised_latents_through():
+    plain, inputs = denoiser(True)
+    module = Denoiser(dataclasses.replace(TINY, time_gains=True))
+    params = dict(plain.__wrapped__.args[0]["params"])
+    x_t, t, *_ = inputs
+    apply = jax.jit(module.apply)
+    gains = {"kernel": np.zeros((16, 32), np.float32), "bias": np.zeros(32, np.float32)}
+    found = apply({"params": params | {"time_gains": gains}}, *inputs)
+    np.testing.assert_allclose(found, plain(*inputs), atol=1e-5)
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    gains = {"kernel": random(10, 16, 32), "bias": random(11, 32)}
+    time = np.asarray(time_features(jnp.asarray(t), 16), float)
+    for name, between in (("time_up", lambda x: x), ("time_down", silu)):
+        time = between(time) @ params[name]["kernel"] + params[name]["bias"]
+    gain, skip = np.split((silu(time) @ gains["kernel"] + gains["bias"])[:, None], 2, axis=-1)
+    found = apply({"params": params | {"time_gains": gains}}, *inputs)
+    np.testing.assert_allclose(found, plain(*inputs) * (1 + gain) + x_t * skip, atol=1e-4)
+    started = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]["time_gains"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(started))
+
+
 def test_skips_join_first_and_last_blocks():
     """In four blocks that do nothing but add a number, the sum tells what was stored when."""
     module = Denoiser(TINY)

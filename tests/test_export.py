@@ -1,5 +1,6 @@
 """Sharing a model: the page about it, checkpoints for PyTorch, nothing half done."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import tiny as tiny_lib
 
-from cosmos_jax import exported
+from cosmos_jax import exported, pth
 from cosmos_jax.convert import convert
+from cosmos_jax.encoder import TextEncoder
 from cosmos_jax.errors import UserError
 from cosmos_jax.export import export, export_pth
+from cosmos_jax.models.bert import RobertaConfig
 from cosmos_jax.models.torch_files import load_torch_file
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +223,27 @@ def assert_same(ours, theirs, path=""):
         assert ours.tobytes() == theirs.tobytes(), path
     else:
         assert ours == theirs, path
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"system": "masked"}, r"no layout for config\.system 'masked'"),
+        ({"autoencoder__compress": False, "autoencoder__num_latents": 12}, "without compression"),
+        ({"diffusion__latent_positions": True}, r"config\.diffusion\.latent_positions"),
+        ({"diffusion__time_gains": True}, r"config\.diffusion\.time_gains"),
+        ({"encoder__vocab_size": 70}, r"say 60 of the encoder's 70 tokens"),
+        ({"encoder__vocab_size": 60}, "another text encoder than BERT"),
+    ],
+)
+def test_what_the_release_has_no_place_for(tiny, fields, message):
+    config = tiny.config(**fields)
+    vocabulary = {"vocabulary": np.arange(60)}
+    stages = {"autoencoder": exported.Exported(1, {}, vocabulary, {})}
+    sizes = {field.name: 1 for field in dataclasses.fields(RobertaConfig)}
+    encoder = TextEncoder("other", RobertaConfig(**sizes | {"activation": "gelu"}), {}, None, "")
+    with pytest.raises(UserError, match=message):
+        pth.check(config, stages, encoder)
 
 
 @pytest.mark.parametrize("conditional", [False, True])

@@ -144,6 +144,8 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         num_layers=config.diffusion.num_layers,
         condition_layers=config.diffusion.condition_layers,
         max_source_length=config.data.max_source_length if config.data.conditional else 0,
+        latent_positions=config.diffusion.latent_positions,
+        time_gains=config.diffusion.time_gains,
         remat=config.diffusion.remat,
     )
     compress = config.autoencoder.compress

@@ -4,6 +4,10 @@ Latents go in and out without projection or absolute position. Long additive ski
 the first half of the blocks to the second, last in, first out. A source text, where the
 task has one, enters by cross-attention after an encoder made of the same blocks.
 
+Two parts are not the paper's, and off by default: `latent_positions` and `time_gains`. A final
+norm alone makes every estimate as long as a clean latent, though the best one shrinks with the
+noise, and from noise no latent knows which of the N it is. Training gets around both, in time.
+
 Shape letters: B batch, N latents, S source positions, D width.
 """
 
@@ -35,7 +39,9 @@ class DenoiserConfig:
     """Sizes of the denoiser; `max_source_length` = 0 makes it unconditional.
 
     `mlp_width` is the inner width of the MLPs; 0 stands for 4 times the width. Without
-    `condition_layers` cross-attention reads the frozen states of the source, normed.
+    `condition_layers` cross-attention reads the frozen states of the source, normed. With
+    `latent_positions` a learned vector is added to each noised latent; with `time_gains` the
+    estimate is norm(x) * g(t) + x_t * k(t), where g and k are learned for each feature.
     """
 
     width: int
@@ -44,6 +50,8 @@ class DenoiserConfig:
     condition_layers: int = 0
     max_source_length: int = 0
     mlp_width: int = 0
+    latent_positions: bool = False
+    time_gains: bool = False
     remat: bool = False
 
     @property
@@ -172,6 +180,8 @@ class Denoiser(nn.Module):
             nn.silu(time_BxD)
         )
         x = x_t_BxNxD.astype(dtype)
+        if config.latent_positions:
+            x += self.param("positions", nn.initializers.normal(1.0), x.shape[1:]).astype(dtype)
         estimate = self_condition_BxNxD.astype(dtype)
         of_block: tuple[Any, ...] = (None,) * config.num_layers
         if isinstance(condition, tuple):
@@ -193,7 +203,15 @@ class Denoiser(nn.Module):
             )
             x = x + time[:, None] + guess
             x = block(config, dtype, name=f"layers_{i}")(x, None, of_block[i], condition_mask_BxS)
-        return RMSNorm(name="norm_out")(x.astype(jnp.float32))
+        x = RMSNorm(name="norm_out")(x.astype(jnp.float32))
+        if config.time_gains:
+            # Zeros at first, with which the estimate is that of the paper's denoiser.
+            gains_Bx2D = nn.Dense(2 * width, kernel_init=nn.initializers.zeros, name="time_gains")(
+                nn.silu(time_BxD.astype(jnp.float32))
+            )
+            gain, skip = jnp.split(gains_Bx2D[:, None], 2, axis=-1)
+            x = x * (1 + gain) + x_t_BxNxD * skip
+        return x
 
 
 def keys_and_values(
