@@ -44,6 +44,9 @@ def get_config():
     df.num_layers = 2
     df.condition_layers = 2
     df.num_heads = 6
+    # Not the paper's: a small denoiser learns in a fraction of the steps with these.
+    df.latent_positions = True
+    df.time_gains = True
     df.batch_size = 32
     df.steps = 1_400
     df.optimizer.learning_rate = 1e-3

@@ -38,6 +38,8 @@ def base() -> ConfigDict:
     ae.checkpoint_every = 800
     df = config.diffusion
     df.steps = 2_000
+    df.latent_positions = False
+    df.time_gains = False
     df.sampler = "euler_sde"  # the paper's, in a quarter of its steps
     df.num_sampling_steps = 50
     df.evaluate_every = 1_000
