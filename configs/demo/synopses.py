@@ -16,10 +16,10 @@ def get_config():
     config.data.max_length = 20
     config.data.max_source_length = 32
     config.autoencoder.num_latents = 8
-    config.diffusion.condition_layers = 1
+    config.diffusion.condition_layers = 0
     config.autoencoder.steps = 1_600
     config.diffusion.batch_size = 32
-    config.diffusion.steps = 3_400
+    config.diffusion.steps = 8_000
     config.autoregressive.batch_size = 32
     config.autoregressive.decoding = "beam"
     config.evaluate.protocols = "rouge,offline"
