@@ -29,6 +29,7 @@ from cosmos_jax.errors import UserError
 from cosmos_jax.models import weights
 from cosmos_jax.models.bert import BertConfig
 from cosmos_jax.models.cosmos import build
+from cosmos_jax.models.denoiser import NOT_OF_THE_PAPER
 from cosmos_jax.models.torch_files import load_torch_file
 
 Tensors = Mapping[str, np.ndarray]
@@ -147,6 +148,7 @@ def _fill_sizes(
         config.diffusion.num_layers = _count(denoiser, r"encoder\.input_blocks\.(\d+)\.") + _count(
             denoiser, r"encoder\.output_blocks\.(\d+)\."
         )
+        config.diffusion.update(dict.fromkeys(NOT_OF_THE_PAPER, False))
         config.data.conditional = "position_embeddings.weight" in denoiser
         if config.data.conditional:
             config.data.max_source_length = len(denoiser["position_embeddings.weight"])

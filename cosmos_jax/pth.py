@@ -22,6 +22,7 @@ from cosmos_jax.exported import Exported
 from cosmos_jax.models import weights
 from cosmos_jax.models.bert import RobertaConfig, to_torch_names
 from cosmos_jax.models.cosmos import Cosmos
+from cosmos_jax.models.denoiser import NOT_OF_THE_PAPER
 
 
 def check(config: ConfigDict, stages: Mapping[str, Exported], encoder: TextEncoder) -> None:
@@ -31,7 +32,7 @@ def check(config: ConfigDict, stages: Mapping[str, Exported], encoder: TextEncod
         raise UserError(f"--pth: the release has no layout for config.system {config.system!r}")
     if not config.autoencoder.compress:
         raise UserError("--pth: the release has no layout for an autoencoder without compression")
-    for part in ("latent_positions", "time_gains"):
+    for part in NOT_OF_THE_PAPER:
         if config.diffusion[part]:
             raise UserError(f"--pth: the release has no layout for config.diffusion.{part}")
     vocabulary = stages["autoencoder"].statistics["vocabulary"]

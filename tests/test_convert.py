@@ -99,12 +99,15 @@ def test_conditional_checkpoints(tiny, config, tmp_path):
     checkpoint["encoder"][name] = checkpoint["encoder"][name].repeat(3, 1)
     torch.save(checkpoint, tmp_path / "autoencoder.pth")
     config.data.source = f"jsonl:{tiny.pairs}"
+    # As in the quickstart's config; the release has neither.
+    config.diffusion.update(latent_positions=True, time_gains=True)
     workdir = tmp_path / "released"
     conditional = FIXTURE / "diffusion_conditional.pth"
     config = convert(config, tmp_path / "autoencoder.pth", conditional, str(tiny.encoder), workdir)
     assert config.data.conditional is True
     assert config.data.max_source_length == 32
     assert config.diffusion.condition_layers == 2
+    assert config.diffusion.latent_positions is config.diffusion.time_gains is False
     config.diffusion.guidance = 2.0
     run_stages(config, workdir, "generate")
     rows = tiny_lib.read_rows(tiny.pairs / "test.jsonl")

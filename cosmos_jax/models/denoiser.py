@@ -33,6 +33,9 @@ from cosmos_jax.models.layers import (
 # Periods of the time features run from 2 pi to 2 pi times this; t itself stays in [0, 1].
 TIME_MAX_PERIOD = 10.0
 
+# Fields of the config, and of `DenoiserConfig`, for parts that the paper's denoiser does not have.
+NOT_OF_THE_PAPER = ("latent_positions", "time_gains")
+
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
