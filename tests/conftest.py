@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -14,8 +16,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _FIRST = "PYTEST_XDIST_WORKER" not in os.environ
+
+
+def _jax_starts(xla_flags):
+    command = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+    environment = {**os.environ, "XLA_FLAGS": xla_flags}
+    return not subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
 if _FIRST:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cosmos-tests-")
+    # XLA's older way to make kernels for CPUs takes half the time. One that does not know the
+    # flag any more would not start.
+    older = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    if _jax_starts(older):
+        os.environ["XLA_FLAGS"] = older
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 

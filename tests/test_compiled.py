@@ -5,12 +5,12 @@ plans of memory does not depend on how well it optimises machine code, which it 
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from virtual_devices import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,13 +147,9 @@ STAGES = ("autoencoder", "diffusion")
 
 @pytest.fixture(scope="module")
 def compiled():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        command, env=environment(8), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -38,7 +38,8 @@ def test_it_runs_from_top_to_bottom(saved, tmp_path, monkeypatch):
     for name in ("cosmos_jax", "configs", "demo"):
         (tmp_path / name).symlink_to(ROOT / name)
     # The kernel is a fast machine's: the tests' way of compiling makes what is trained slow.
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
     cells = [cell for cell in saved.cells if cell.cell_type == "code"]
     (minutes,) = [cell for cell in cells if "MINUTES = 2\n" in cell.source]
     minutes.source = minutes.source.replace("MINUTES = 2\n", "MINUTES = 0.75\n")

@@ -6,7 +6,6 @@ own: on 8 virtual devices, and as 2 real processes of 4 devices each that talk t
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny as tiny_lib
+from virtual_devices import environment
 
 from cosmos_jax import distributed
 from cosmos_jax.runner import run_stages
@@ -77,15 +77,6 @@ def assert_same_results(workdir, reference):
             np.testing.assert_allclose(ours["held_out"][stage][name], value, rtol=1e-5)
 
 
-def environment(devices, **variables):
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "COSMOS_VENV": sys.prefix,
-        **variables,
-    }
-
-
 ON_EIGHT_DEVICES = """
 import sys
 sys.path[:0] = ["tests"]
@@ -125,7 +116,7 @@ def start_two(tiny, folder, workdir, **fields):
     flag = tiny.save_config(folder / "two.json", config(tiny, 2, 2, 2, **fields))
     return subprocess.Popen(
         [*TWO_PROCESSES, flag, f"--workdir={workdir}"],
-        **{"env": environment(4), "cwd": ROOT, "text": True},
+        **{"env": environment(4, COSMOS_VENV=sys.prefix), "cwd": ROOT, "text": True},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

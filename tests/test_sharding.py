@@ -1,7 +1,6 @@
 """Layouts: what divides, what follows what, and the same on several devices for real."""
 
 import math
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from virtual_devices import environment
 
 from cosmos_jax import sharding
 from cosmos_jax.errors import UserError
@@ -162,13 +162,9 @@ print("fine")
 
 
 def test_arrays_lie_as_the_rules_say_on_eight_devices():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES],
-        env=environment,
+        env=environment(8),
         capture_output=True,
         text=True,
         check=False,
