@@ -37,7 +37,10 @@ Kill = tuple[str, str, int, signal.Signals]
 
 # A server forks the processes of the runs after these imports, which would take most of the time.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["jax", "orbax.checkpoint", "transformers", "soak"])
+context.set_forkserver_preload(
+    ["jax", "orbax.checkpoint", "transformers.models.auto.tokenization_auto", "soak"]
+    + ["tensorflow_datasets", "matplotlib.pyplot", "jinja2", "rouge_score.rouge_scorer"]
+)
 
 
 def config(tiny: tiny_lib.Tiny):
