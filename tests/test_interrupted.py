@@ -170,17 +170,18 @@ def test_a_full_disk_is_noticed_before_features_are_mapped(small_disk):
     assert np.load(disk / "states.npy").all()
 
 
-def test_a_full_disk_stops_training_and_costs_nothing(small_disk, flag, reference):
+def test_a_full_disk_stops_training_and_costs_nothing(small_disk, flag, reference, tmp_path):
     disk, enlarge = small_disk
-    arguments = (flag, f"--workdir={disk / 'run'}")
-    done = command(*arguments)
-    assert done.returncode == 2, done.stderr
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    arguments, log = [flag, f"--workdir={disk / 'run'}"], tmp_path / "full.log"
+    process = soak.start(arguments, log)
+    process.join(soak.PATIENCE)
+    output = log.read_text()
+    assert process.exitcode == 2, output
+    (message,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in message
     complete = [p for p in (disk / "run" / "autoencoder").iterdir() if p.name.isdigit()]
     assert complete
     enlarge()
-    done = command(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "autoencoder: continuing from step" in done.stderr
+    soak.run_to_the_end(arguments, log)
+    assert "autoencoder: continuing from step" in log.read_text()
     assert soak.differences(disk / "run", reference) == []
