@@ -22,7 +22,7 @@ import safetensors.numpy
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cosmos_jax import commands, encoder, workdir
+from cosmos_jax import commands, config_checks, encoder, workdir
 from cosmos_jax import config as config_lib
 from cosmos_jax.checkpoint import Checkpoints
 from cosmos_jax.errors import UserError
@@ -58,7 +58,7 @@ def convert(
     config.autoencoder.steps = int(first.get("step", 0))
     config.diffusion.steps = int(second.get("step", 0))
     sizes = BertConfig(**{k: v for k, v in config.encoder.items() if k != "name"})
-    config = config_lib.resolve(config, sizes, config.data.conditional)
+    config = config_checks.resolve(config, sizes, config.data.conditional)
 
     model = build(config, config.encoder.vocab_size)
     parts = (

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from cosmos_jax import commands, encoder, provenance, workdir
+from cosmos_jax import commands, config_checks, encoder, provenance, workdir
 from cosmos_jax import config as config_lib
 from cosmos_jax.data import files, tokens
 from cosmos_jax.data.jsonl import SUFFIXES
@@ -106,7 +106,7 @@ def open_texts() -> protocols.Texts:
     settings = config.evaluate
     settings.update({name: flags.FLAGS[name].value for name in _SETTINGS})
     settings.protocols = _PROTOCOL.value
-    config_lib.validate(config)
+    config_checks.validate(config)
     names = protocols.parse(settings.protocols)
     if not names:
         raise UserError(f"--protocol= names none: there are {', '.join(protocols.PROTOCOLS)}")

@@ -16,8 +16,8 @@ import numpy as np
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from cosmos_jax import config as config_lib
 from cosmos_jax import (
+    config_checks,
     consensus,
     distributed,
     editing,
@@ -350,7 +350,7 @@ class Model:
                 config.diffusion[name] = value
             except TypeError as error:
                 raise UserError(f"{name} is {value!r}; it must be as {was!r} is") from error
-        config_lib.validate(config)
+        config_checks.validate(config)
         return config
 
     def _compile(

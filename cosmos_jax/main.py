@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from cosmos_jax import commands, distributed
+from cosmos_jax import commands, config_checks, distributed
 from cosmos_jax import config as config_lib
 from cosmos_jax.errors import UserError
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("cosmos_jax")
 def main(argv: list[str]) -> None:
     config = _CONFIG.value
     commands.check(argv, config)
-    config_lib.validate(config)
+    config_checks.validate(config)
     if _STAGE.value == "describe":
         from cosmos_jax.describe import describe
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import (
+    config_checks,
     distributed,
     encoder,
     exported,
@@ -72,7 +73,7 @@ def open_trained(directory: Path, *, dtype: str = "", unfinished: bool = False) 
         if step is not None and step < config[name].steps:
             logger.warning("%s: %s is at step %d of %d", directory, name, step, config[name].steps)
             config[name].steps = step
-    config_lib.validate(config)
+    config_checks.validate(config)
     if (directory / config.encoder.name).is_dir():
         config.encoder.name = str(directory / config.encoder.name)
     mesh = sharding.make_mesh(config.mesh)

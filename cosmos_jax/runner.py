@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import (
+    config_checks,
     distributed,
     encoder,
     evaluation,
@@ -35,7 +36,7 @@ def open_run(config: ConfigDict, workdir: Path) -> Run:
         train = sources.Spread(dataset.train, config.data.num_train_texts)
         dataset = dataclasses.replace(dataset, train=train)
     text_encoder = encoder.load(config.encoder.name)
-    config = config_lib.resolve(config, text_encoder.config, dataset.conditional)
+    config = config_checks.resolve(config, text_encoder.config, dataset.conditional)
     return Run(config, workdir, mesh, text_encoder, dataset)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
-from cosmos_jax import distributed, evaluation, pipeline, sharding, workdir
+from cosmos_jax import config_checks, distributed, evaluation, pipeline, sharding, workdir
 from cosmos_jax.baselines import make_generator
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
@@ -46,7 +46,7 @@ def configs(base: ConfigDict, samplers: str, steps: Sequence[int]) -> list[Confi
             config = ConfigDict(base.to_dict())
             config.diffusion.sampler = sampler.strip()
             config.diffusion.num_sampling_steps = num_steps
-            config_lib.validate(config)
+            config_checks.validate(config)
             found.append(config)
     return found
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cosmos_jax import (
     commands,
+    config_checks,
     distributed,
     examples,
     latents,
@@ -29,7 +30,6 @@ from cosmos_jax import (
     runner,
     workdir,
 )
-from cosmos_jax import config as config_lib
 from cosmos_jax import steps as steps_lib
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
@@ -192,7 +192,7 @@ def study(config: ConfigDict, directory: Path) -> dict[str, Any]:
     for name in config.runs:
         configs[name] = ConfigDict(config.base.to_dict())
         configs[name].update_from_flattened_dict(config.changes[name])
-        config_lib.validate(configs[name])
+        config_checks.validate(configs[name])
         asked.check(config, configs[name])
     rows = []
     for name, run_config in configs.items():

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import (
+    config_checks,
     decoding,
     encoder,
     pipeline,
@@ -129,7 +130,7 @@ def config_of(name: str, base: ConfigDict) -> ConfigDict:
     for stage in config_lib.TRAINED:
         config[stage].accumulate = 1
     config.mesh = ConfigDict(ONE_DEVICE)
-    config_lib.validate(config)
+    config_checks.validate(config)
     return config
 
 

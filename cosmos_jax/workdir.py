@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
+from cosmos_jax import config_checks
 from cosmos_jax.errors import UserError
 
 
@@ -63,7 +64,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`; UserError if the folder belongs to a run this one cannot continue."""
     recorded = read_config(workdir)
     if recorded is not None:
-        conflict = config_lib.conflict(recorded, config)
+        conflict = config_checks.conflict(recorded, config)
         if conflict:
             raise UserError(
                 f"{workdir} belongs to another config: {conflict}; "

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosmos_jax import config as config_lib
+from cosmos_jax import config_checks
 from cosmos_jax.errors import UserError
 
 FIELDS = config_lib.flatten(config_lib.base())
@@ -27,7 +28,7 @@ def with_field(field, value):
 
 
 def test_the_base_is_the_paper_and_valid():
-    config_lib.validate(config_lib.base())
+    config_checks.validate(config_lib.base())
     recipe = {
         "autoencoder.num_latents": 16,
         "autoencoder.num_layers": 12,
@@ -148,7 +149,7 @@ def test_a_bad_field_is_refused_by_its_name_and_value(field, value):
     if section in config_lib.SYSTEMS:  # the width of heads matters to the system that has them
         config.system = section
     with pytest.raises(UserError) as error:
-        config_lib.validate(config)
+        config_checks.validate(config)
     message = str(error.value)
     assert message.startswith(f"config.{field} is {value!r}")
     assert "\n" not in message
@@ -163,7 +164,7 @@ def test_a_bad_field_is_refused_by_its_name_and_value(field, value):
     heads=st.sampled_from((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 384)),
 )
 def test_good_fields_pass(steps, share, time, length, half_layers, heads):
-    config_lib.validate(
+    config_checks.validate(
         changed(
             diffusion__steps=steps,
             autoencoder__latent_dropout=share,
@@ -221,7 +222,7 @@ MAY_CHANGE = {
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_run_may_change_only_what_keeps_its_training_usable(field):
     value = other_value(FIELDS[field])
-    message = config_lib.conflict(config_lib.base(), with_field(field, value))
+    message = config_checks.conflict(config_lib.base(), with_field(field, value))
     if field in MAY_CHANGE:
         assert message == ""
     else:
@@ -232,18 +233,20 @@ def test_a_field_of_another_version_is_a_conflict():
     recorded = config_lib.base()
     recorded.unlock()
     recorded.diffusion.forgotten = 3
-    assert config_lib.conflict(recorded, config_lib.base()).startswith("diffusion.forgotten is 3")
-    assert "diffusion.forgotten" in config_lib.conflict(config_lib.base(), recorded)
+    assert config_checks.conflict(recorded, config_lib.base()).startswith(
+        "diffusion.forgotten is 3"
+    )
+    assert "diffusion.forgotten" in config_checks.conflict(config_lib.base(), recorded)
 
 
 def test_a_field_that_an_older_config_lacks_has_its_default():
     recorded = config_lib.base()
     with recorded.unlocked():
         del recorded["system"]
-    assert config_lib.conflict(recorded, config_lib.base()) == ""
-    assert config_lib.conflict(recorded, with_field("system", "masked")).startswith("system is")
+    assert config_checks.conflict(recorded, config_lib.base()) == ""
+    assert config_checks.conflict(recorded, with_field("system", "masked")).startswith("system is")
 
 
 def test_a_config_does_not_conflict_with_its_file():
     config = config_lib.base()
-    assert config_lib.conflict(config_lib.from_json(config_lib.to_json(config)), config) == ""
+    assert config_checks.conflict(config_lib.from_json(config_lib.to_json(config)), config) == ""

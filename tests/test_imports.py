@@ -11,7 +11,7 @@ PACKAGE = Path(cosmos_jax.__file__).parent
 LAYERS = """
     __init__ errors
     commands config distributed optimizer peaks provenance torch_gpt2 data.tokens data.files
-    scores.score scores.batches scores.table data.incoming consensus
+    scores.score scores.batches scores.table data.incoming consensus config_checks
     sharding checkpoint workdir data.sources scores.ngrams scores.frechet
     report
     metrics timing data.jsonl data.tables data.holding_out data.batches

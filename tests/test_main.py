@@ -16,6 +16,7 @@ import pytest
 import tiny as tiny_lib
 
 from cosmos_jax import config as config_lib
+from cosmos_jax import config_checks
 from cosmos_jax.baselines import BASELINES, MAKE_GENERATOR
 from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
@@ -360,7 +361,7 @@ def load_config(name, *arguments):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_at_its_full_size(name):
     config = load_config(name)
-    config_lib.validate(config)
+    config_checks.validate(config)
     description = describe(config)
     counts, memory = description["parameters"], description["bytes_per_device"]
     assert ("condition_encoder" in counts) == (name in CONDITIONAL)
@@ -389,7 +390,7 @@ def test_every_config_at_its_full_size(name):
 @pytest.mark.parametrize("name", ["quickstart", "sentences", "synopses"])
 def test_the_configs_of_the_demos(name):
     config, own = load_config(f"demo/{name}"), load_config("demo/sentences")
-    config_lib.validate(config)
+    config_checks.validate(config)
     counts = describe(config)["parameters"]
     assert ("condition_encoder" in counts) == (name == "synopses")
     if name == "quickstart":  # a denoiser of the same latents
@@ -412,7 +413,7 @@ def test_a_shallow_decompressor():
 def test_every_baseline_at_its_full_size(task, system):
     """Of the size class of the denoiser."""
     config = importlib.import_module(f"configs.baselines.{task}").get_config(system)
-    config_lib.validate(config)
+    config_checks.validate(config)
     model = BASELINES[system].build(config, config.encoder.vocab_size)
     init = BASELINES[system].stage(config, model, {}, {}, "").init
     params = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0), {}))
@@ -423,16 +424,16 @@ def test_every_baseline_at_its_full_size(task, system):
 @pytest.mark.parametrize("task", ["rocstories", "summarize"])
 def test_the_token_level_config_has_a_latent_for_each_token(task):
     config = importlib.import_module(f"configs.baselines.{task}").get_config("token_level")
-    config_lib.validate(config)
+    config_checks.validate(config)
     assert config.autoencoder.num_latents == config.data.max_length
 
 
 def test_the_faithful_preset_changes_how_a_task_is_sampled_and_no_more():
     config, task = load_config("faithful", "summarize"), load_config("summarize")
-    config_lib.validate(config)
+    config_checks.validate(config)
     assert config.diffusion.num_sampling_steps == 200
     assert config.diffusion.sampler == "euler_sde"
-    assert config_lib.conflict(config, task) == ""
+    assert config_checks.conflict(config, task) == ""
 
 
 def test_a_config_that_does_not_exist_is_one_line():

@@ -211,14 +211,14 @@ def test_samplers_and_steps_are_chosen_by_flags(tmp_path):
 @pytest.mark.parametrize("name", ["robustness", "smoothness", "compression", "recipe", "steps"])
 def test_configs_of_studies_are_valid(name):
     code = (
-        "from cosmos_jax import config, study; from ml_collections import ConfigDict\n"
+        "from cosmos_jax import config_checks, study; from ml_collections import ConfigDict\n"
         f"from configs.studies import {name} as module\n"
         "asked = module.get_config()\n"
         "assert asked.study in study.STUDIES and set(asked.runs) == set(asked.changes) != set()\n"
         "for changes in asked.changes.values():\n"
         "    run = ConfigDict(asked.base.to_dict())\n"
         "    run.update_from_flattened_dict(changes)\n"
-        "    config.validate(run)\n"
+        "    config_checks.validate(run)\n"
         "    study.STUDIES[asked.study].check(asked, run)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
