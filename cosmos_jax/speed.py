@@ -25,8 +25,9 @@ from cosmos_jax.data import sources
 from cosmos_jax.data.batches import Batch, TokenBatches, prefetch
 from cosmos_jax.describe import describe
 from cosmos_jax.errors import UserError
+from cosmos_jax.parts import Part, parts_of
 from cosmos_jax.stages.base import Params, Stage
-from cosmos_jax.systems import Eager, Model, Part
+from cosmos_jax.systems import Eager, Model
 from cosmos_jax.train import TrainState, make_step
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def _program(config: ConfigDict, model: Model | Eager, batch_size: int, mesh: Me
         )
     key = jax.random.key(systems.SEED)
     send = functools.partial(sharding.put_batch, model.batch(batch_size), mesh)
-    parts = [TimedPart(part) for part in systems.parts(model, key, send())]
+    parts = [TimedPart(part) for part in parts_of(model, key, send())]
     _refuse_if_long(
         config,
         sum(timed.part.calls * timed.expected for timed in parts),

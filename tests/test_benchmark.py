@@ -19,6 +19,7 @@ from cosmos_jax.baselines import BASELINES
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import masked
 from cosmos_jax.models.denoiser import Denoiser, DenoiserConfig
+from cosmos_jax.parts import parts_of
 from cosmos_jax.stages.base import row_keys
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +227,7 @@ def test_with_sources_too(tiny, mesh):
     for name in ("default", "autoregressive", "token_level", "masked"):
         assert next(iter(entries[name]["parts"])) == "source"
     # With guidance each call of the denoiser is one of both halves.
-    parts = systems.parts(models["default"], jax.random.key(0), models["default"].batch(2))
+    parts = parts_of(models["default"], jax.random.key(0), models["default"].batch(2))
     assert parts[1].name == "denoiser"
     assert len(parts[1].state) == 4
 
@@ -275,7 +276,7 @@ def test_calls_of_masked_diffusion_are_counted(tiny, mesh, monkeypatch, num_step
         jax.block_until_ready(jax.jit(model.generate)(model.weights, key, batch))
         jax.effects_barrier()
         monkeypatch.undo()
-        found = {part.name: part.calls for part in systems.parts(model, key, batch)}
+        found = {part.name: part.calls for part in parts_of(model, key, batch)}
     assert found == {"pass": counts["hidden"], "head": counts["logits"]}
 
 

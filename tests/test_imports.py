@@ -36,6 +36,7 @@ LAYERS = """
     evaluation evaluate results export
     runner
     systems steps
+    parts
     speed
     main study benchmark generate
 """
