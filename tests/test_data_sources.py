@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from cosmos_jax.data import builders, jsonl, sources
+from cosmos_jax.data import builders, jsonl, sources, text_builder
 from cosmos_jax.data.sources import Row
 from cosmos_jax.errors import UserError
 
@@ -213,7 +213,7 @@ def test_two_processes_prepare_once(tmp_path, directory):
 
 
 def test_rows_beyond_one_shard(tmp_path, directory, monkeypatch):
-    monkeypatch.setattr(builders, "_ROWS_PER_SHARD", 7)
+    monkeypatch.setattr(text_builder, "_ROWS_PER_SHARD", 7)
     path = write_jsonl(tmp_path / "mine.jsonl", texts(100))
     data = sources.load(f"jsonl:{path}", str(directory))
     assert len(list(directory.rglob("*train*array_record*"))) == 14

@@ -17,6 +17,7 @@ LAYERS = """
     metrics timing data.jsonl data.tables data.holding_out data.batches
     scores.mauve scores.ngram_model
     data.documents
+    data.text_builder
     data.builders
     models.layers models.torch_files diffusion.schedule diffusion.time_sampling
     models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface
