@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cosmos_jax import decoding, unmasking
 from cosmos_jax.stages.base import row_keys, source_of
-from cosmos_jax.systems import Model
+from cosmos_jax.systems import SEED, Model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ def parts_of(found: Model, key: jax.Array, batch: dict[str, jax.Array]) -> list[
 
 
 def _normal(*shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(0), shape)
+    return jax.random.normal(jax.random.key(SEED), shape)
 
 
 def _cosmos_parts(found: Model, keys_B: jax.Array, source: Any) -> list[Part]:
