@@ -3,6 +3,7 @@
 python -m cosmos_jax.report --workdir=runs/quickstart
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -26,6 +27,8 @@ from cosmos_jax.errors import UserError
 from cosmos_jax.workdir import read_json, write_text
 
 Entry = dict[str, Any]
+Points = tuple[tuple[float, float], ...]
+"""Steps and values."""
 
 # Macros of `templates/sections.html`.
 SECTIONS = (
@@ -50,15 +53,7 @@ def write(workdir: Path) -> Path:
     """
     notes: list[str] = []
     found = _read(workdir, notes)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cosmos_jax"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"text": _text, "number": _number, "duration": _duration}
-    environment.globals |= {"progress": _progress, "differing": _differing, "curves": _curves}
+    environment = _environment()
     macros, sections = environment.get_template("sections.html").module, []
     for name in SECTIONS:
         title = name.replace("_", " ").capitalize()
@@ -78,6 +73,20 @@ def write(workdir: Path) -> Path:
     if _bytes(path, []) != html.encode():
         write_text(path, html)
     return path
+
+
+@functools.cache  # a run writes its page many times
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cosmos_jax"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"text": _text, "number": _number, "duration": _duration}
+    environment.globals |= {"progress": _progress, "differing": _differing, "curves": _curves}
+    return environment
 
 
 def _read(workdir: Path, notes: list[str]) -> Entry:
@@ -219,7 +228,7 @@ def _curves(found: Entry) -> list[Entry]:
         curve = {
             "stage": stage,
             "label": f"Loss of the {stage}: {'; '.join(said)}",
-            "plot": _plot(stage, *finite.values()) if said else "",
+            "plot": _plot(stage, *(tuple(map(tuple, f)) for f in finite.values())) if said else "",
             "lost": sum(len(points[name]) - len(finite[name]) for name in points),
             "held_out": held_out,
         }
@@ -241,8 +250,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[index + right + 1] - sums[index - left]) / (left + right + 1)
 
 
-def _plot(stage: str, train: np.ndarray, held_out: np.ndarray) -> Markup:
+@functools.lru_cache(maxsize=8)  # a stage that has ended has the same curves in later pages
+def _plot(stage: str, train_points: Points, held_out_points: Points) -> Markup:
     """The curves as SVG, with ids of its own and nothing that lies elsewhere."""
+    train, held_out = (np.array(p).reshape(-1, 2) for p in (train_points, held_out_points))
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 11}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.6, 3.3), layout="constrained")
