@@ -9,7 +9,6 @@ Shape letters: B batch, L text positions, S source positions, D width, V vocabul
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +18,7 @@ from ml_collections import ConfigDict
 from cosmos_jax.models.bert import Bert
 from cosmos_jax.models.denoiser import Block, DenoiserConfig
 from cosmos_jax.models.layers import Dtype, RMSNorm, dropout, fold_in, linear, rematerialised
-from cosmos_jax.models.states import Weights, make_bert, text_states
-from cosmos_jax.sharding import split_batch
+from cosmos_jax.models.states import Weights, apply, make_bert, text_states
 
 WORD_STD = 0.02
 
@@ -116,9 +114,7 @@ class Masked:
         return self._apply("logits", weights, hidden_BxTxD)
 
     def _apply(self, method: str, weights: Weights, *inputs: jax.Array | None) -> jax.Array:
-        variables = {"params": weights["masked_denoiser"]}
-        answer: Any = self.denoiser.apply(variables, *inputs, method=method)
-        return split_batch(answer)
+        return apply(self.denoiser, weights["masked_denoiser"], *inputs, method=method)
 
 
 def build(config: ConfigDict, vocabulary_size: int) -> Masked:

@@ -4,6 +4,7 @@ Shape letters: B batch, L positions, D width.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -33,9 +34,15 @@ def text_states(bert: Bert, weights: Weights, ids_BxL: jax.Array, mask_BxL: jax.
     return (states - weights["states_mean"]) / weights["states_std"]
 
 
-def apply(module: nn.Module, params: Any, *inputs: Any) -> Any:
+def apply(module: nn.Module, params: Any, *inputs: Any, method: str | None = None) -> Any:
     """What the module answers, split over the devices as the batch is.
 
     Within the modules the compiler needs no help: what goes in and out decides.
     """
-    return jax.tree.map(split_batch, module.apply({"params": params}, *inputs))
+    return jax.tree.map(split_batch, _apply(module, params, *inputs, method=method))
+
+
+# JAX keeps its trace for every program, and every place in one, with inputs of the same shapes.
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def _apply(module: nn.Module, params: Any, *inputs: Any, method: str | None) -> Any:
+    return module.apply({"params": params}, *inputs, method=method)
