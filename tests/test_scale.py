@@ -83,21 +83,33 @@ sys.path[:0] = ["tests"]
 from pathlib import Path
 import saved_config
 from cosmos_jax.runner import run_stages
-run_stages(saved_config.get_config(sys.argv[1]), Path(sys.argv[2]))
+for path in sys.argv[1:]:
+    run_stages(saved_config.get_config(path), Path(path).with_suffix(""))
 """
 
+# All three axes at once are those of the two processes below.
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1)}
 
-def test_a_mesh_gives_the_same_results(tiny, tmp_path, reference):
-    """Both axes that divide texts; all three at once are those of the two processes below."""
-    tiny.save_config(tmp_path / "config.json", config(tiny, data=2, fsdp=4))
-    arguments = str(tmp_path / "config.json"), str(tmp_path / "run")
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tiny, tmp_path_factory):
+    """The folder with a run on each of MESHES."""
+    folder = tmp_path_factory.mktemp("eight")
+    for name, sizes in MESHES.items():
+        tiny.save_config(folder / f"{name}.json", config(tiny, *sizes))
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
     done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES, *arguments],
+        [*command, *(str(folder / f"{name}.json") for name in MESHES)],
         **{"env": environment(8), "cwd": ROOT, "capture_output": True, "text": True},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert_same_results(tmp_path / "run", reference)
+    return folder
+
+
+@pytest.mark.parametrize("name", list(MESHES))
+def test_meshes_give_the_same_results(on_eight_devices, reference, name):
+    assert_same_results(on_eight_devices / name, reference)
 
 
 def start_two(tiny, folder, workdir, **fields):
