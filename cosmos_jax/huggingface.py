@@ -214,12 +214,9 @@ def read_tokenizer(
     """
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{directory}: holds no tokenizer; tokenizer.json or vocab.txt is needed")
-    # Without PyTorch transformers offers only tokenizers, and says so at import.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
+    tokenizer_class = _tokenizer_class(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(str(directory), local_files_only=True)
     # What a damaged file raises depends on the file and on the version of transformers.
     except Exception as error:
         raise UserError(
@@ -237,6 +234,21 @@ def read_tokenizer(
             f" {vocab_size} word embeddings; do they belong together?"
         )
     return tokenizer
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """The class that a BERT's tokenizer_config.json names, else `AutoTokenizer`.
+
+    The latter would find the same one, but imports PyTorch where that is installed: seconds.
+    """
+    # Without PyTorch transformers offers only tokenizers, and says so at import.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    config = directory / "tokenizer_config.json"
+    name = read_json(config).get("tokenizer_class") if config.is_file() else None
+    is_bert = name in ("BertTokenizer", "BertTokenizerFast")
+    return transformers.BertTokenizerFast if is_bert else transformers.AutoTokenizer
 
 
 def _one_line(error: Exception) -> str:
