@@ -248,7 +248,7 @@ def _tokenizer_class(directory: Path) -> Any:
     config = directory / "tokenizer_config.json"
     name = read_json(config).get("tokenizer_class") if config.is_file() else None
     is_bert = name in ("BertTokenizer", "BertTokenizerFast")
-    return transformers.BertTokenizerFast if is_bert else transformers.AutoTokenizer
+    return getattr(transformers, "BertTokenizerFast" if is_bert else "AutoTokenizer")
 
 
 def _one_line(error: Exception) -> str:
