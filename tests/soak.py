@@ -1,6 +1,6 @@
 """Kills a run at random, again and again; at its end it must be the run that was never killed.
 
-python tests/soak.py --kills=200
+PYTHONPATH=. python tests/soak.py --kills=200
 
 Every run goes on in a new process after each kill, by SIGTERM or SIGKILL at random, at random
 moments of every stage. When it is finished, its metrics, parameters, samples and scores are
