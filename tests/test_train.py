@@ -139,10 +139,12 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(opened, tiny, finished_pa
     np.testing.assert_allclose(size, values["gradient_norm"], rtol=1e-3)
     assert size > 0.05
     found, found_values = gradients(stage, params, batch, 4)
-    # Sums in another order, which each kind of processor rounds in its own way.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6), found, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, whole)
+    np.testing.assert_allclose(found_values["gradient_norm"], optax.tree.norm(found), rtol=2e-6)
     for key in values:
-        np.testing.assert_allclose(found_values[key], values[key], rtol=1e-5)
+        # Gradients within the bound above have norms further apart on one processor than another.
+        rtol = 1e-5 if key == "gradient_norm" else 2e-6
+        np.testing.assert_allclose(found_values[key], values[key], rtol=rtol)
 
 
 def test_activations_computed_again_give_the_same_gradients(opened, tiny, finished_pairs):
