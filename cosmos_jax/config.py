@@ -106,6 +106,8 @@ def base() -> ConfigDict:
     # Not the paper's: small denoisers learn faster with them, see models/denoiser.py.
     df.latent_positions = False
     df.time_gains = False
+    # Nor this: it learns which part of the source a text repeats, see models/pointer.py.
+    df.pointer = False
     df.schedule_d = 5.0
     df.self_condition_rate = 0.5
     df.source_dropout_rate = 0.1  # sources hidden in training, for guidance

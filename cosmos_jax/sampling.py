@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 from cosmos_jax.diffusion import process, samplers
 from cosmos_jax.diffusion.schedule import TanSchedule
 from cosmos_jax.models.cosmos import Cosmos, Weights
-from cosmos_jax.models.denoiser import KeysValues
+from cosmos_jax.models.denoiser import Condition as Read
 from cosmos_jax.sharding import split_batch
 from cosmos_jax.stages.base import Source
 
-Condition = tuple[tuple[KeysValues, ...], jax.Array]
-"""Keys and values of each block of the denoiser, and the mask of their positions."""
+Condition = tuple[Read, jax.Array]
+"""What the denoiser reads of the sources, and the mask of their positions."""
 
 Refine = Callable[[jax.Array, jax.Array], jax.Array]
 """(x_0 [B, N, D], sigma_t) -> x_0: changes each estimate of the clean latents; see `guides.py`."""

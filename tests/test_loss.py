@@ -15,7 +15,8 @@ KEYS = jax.random.split(jax.random.key(1), B)
 
 
 def errors(denoise, x_0=X_0, keys=KEYS, *, self_condition=False):
-    return loss.denoising_errors(denoise, SCHEDULE, x_0, keys, self_condition=self_condition)
+    found, _ = loss.denoising_errors(denoise, SCHEDULE, x_0, keys, self_condition=self_condition)
+    return found
 
 
 def noised(x_0=X_0, keys=KEYS):

@@ -11,13 +11,14 @@ from configs.demo import sentences
 
 def get_config():
     config = sentences.get_config()
-    config.data.source = "jsonl:synopses"
+    config.data.source = "jsonl:extracts"
     config.data.conditional = True
     config.data.max_length = 20
     config.data.max_source_length = 32
     config.autoencoder.num_latents = 8
     config.diffusion.condition_layers = 0
-    config.autoencoder.steps = 1_600
+    config.diffusion.pointer = True
+    config.autoencoder.steps = 3_000
     config.diffusion.batch_size = 32
     config.diffusion.steps = 8_000
     config.autoregressive.batch_size = 32

@@ -17,6 +17,9 @@ from cosmos_jax.diffusion.schedule import Schedule
 Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(x_t [B, N, D], t [B], self_condition [B, N, D]) -> x_0 [B, N, D]."""
 
+Inputs = tuple[jax.Array, jax.Array, jax.Array]
+"""What `Denoise` is given."""
+
 
 def denoising_errors(
     denoise: Denoise,
@@ -25,11 +28,12 @@ def denoising_errors(
     keys_B: jax.Array,
     *,
     self_condition: bool | jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, Inputs]:
     """Equation (1) before the mean over texts: the mean squared error of each text, [B].
 
-    Each text has its own key, so that its time and noise do not depend on the batch around
-    it. `self_condition` says whether this batch makes the first pass.
+    With it comes what the denoiser was given in the pass that counts. Each text has its own key,
+    so that its time and noise do not depend on the batch around it. `self_condition` says whether
+    this batch makes the first pass.
     """
     time_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
     t_B = time_sampling.uniform(time_keys)
@@ -42,5 +46,5 @@ def denoising_errors(
         lambda: denoise(x_t, t_B, zeros).astype(zeros.dtype),
         lambda: zeros,
     )
-    estimate = denoise(x_t, t_B, jax.lax.stop_gradient(condition))
-    return jnp.mean((x_0_BxNxD - estimate) ** 2, axis=(1, 2))
+    inputs = (x_t, t_B, jax.lax.stop_gradient(condition))
+    return jnp.mean((x_0_BxNxD - denoise(*inputs)) ** 2, axis=(1, 2)), inputs

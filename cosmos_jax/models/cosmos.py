@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 from cosmos_jax.models.autoencoder import AutoencoderConfig, Compressor, Decompressor
 from cosmos_jax.models.bert import Bert
 from cosmos_jax.models.denoiser import (
+    Condition,
     ConditionEncoder,
     Denoiser,
     DenoiserConfig,
-    KeysValues,
     keys_and_values,
 )
 from cosmos_jax.models.states import Weights, apply, make_bert, text_states
@@ -99,9 +99,7 @@ class Cosmos:
         params = weights["condition_encoder"]
         return apply(self.condition_encoder, params, source_states_BxSxD, source_mask_BxS)
 
-    def read_condition(
-        self, weights: Weights, condition_BxSxD: jax.Array
-    ) -> tuple[KeysValues, ...]:
+    def read_condition(self, weights: Weights, condition_BxSxD: jax.Array) -> Condition:
         """The condition in the form that costs nothing more in each step; see there."""
         read = keys_and_values(self.denoiser, weights["denoiser"], condition_BxSxD)
         return jax.tree.map(split_batch, read)
@@ -121,6 +119,10 @@ class Cosmos:
     def denoise(self, weights: Weights, *inputs: Any) -> jax.Array:
         """`Denoiser.__call__`."""
         return apply(self.denoiser, weights["denoiser"], *inputs)
+
+    def point(self, weights: Weights, *inputs: Any) -> jax.Array:
+        """Where in the source the denoiser's pointer points, logarithms [B, S] fp32."""
+        return apply(self.denoiser, weights["denoiser"], *inputs, method="point")
 
 
 def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
@@ -146,6 +148,7 @@ def build(config: ConfigDict, vocabulary_size: int) -> Cosmos:
         max_source_length=config.data.max_source_length if config.data.conditional else 0,
         latent_positions=config.diffusion.latent_positions,
         time_gains=config.diffusion.time_gains,
+        pointer_length=config.data.max_length if config.diffusion.pointer else 0,
         remat=config.diffusion.remat,
     )
     compress = config.autoencoder.compress

@@ -4,16 +4,17 @@ Latents go in and out without projection or absolute position. Long additive ski
 the first half of the blocks to the second, last in, first out. A source text, where the
 task has one, enters by cross-attention after an encoder made of the same blocks.
 
-Two parts are not the paper's, and off by default: `latent_positions` and `time_gains`. A final
-norm alone makes every estimate as long as a clean latent, though the best one shrinks with the
-noise, and from noise no latent knows which of the N it is. Training gets around both, in time.
+Three parts are not the paper's, and off by default: `latent_positions`, `time_gains` and the
+pointer of `models/pointer.py`. A final norm alone makes every estimate as long as a clean latent,
+though the best one shrinks with the noise, and from noise no latent knows which of the N it is.
+Training gets around both, in time.
 
 Shape letters: B batch, N latents, S source positions, D width.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,12 +30,13 @@ from cosmos_jax.models.layers import (
     rotate,
     split_heads,
 )
+from cosmos_jax.models.pointer import Pointer, PointerKeys, windows
 
 # Periods of the time features run from 2 pi to 2 pi times this; t itself stays in [0, 1].
 TIME_MAX_PERIOD = 10.0
 
 # Fields of the config, and of `DenoiserConfig`, for parts that the paper's denoiser does not have.
-NOT_OF_THE_PAPER = ("latent_positions", "time_gains")
+NOT_OF_THE_PAPER = ("latent_positions", "time_gains", "pointer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ class DenoiserConfig:
     `mlp_width` is the inner width of the MLPs; 0 stands for 4 times the width. Without
     `condition_layers` cross-attention reads the frozen states of the source, normed. With
     `latent_positions` a learned vector is added to each noised latent; with `time_gains` the
-    estimate is norm(x) * g(t) + x_t * k(t), where g and k are learned for each feature.
+    estimate is norm(x) * g(t) + x_t * k(t), where g and k are learned for each feature; with a
+    `pointer_length`, the positions of a text, cross-attention also reads the window pointed to.
     """
 
     width: int
@@ -55,6 +58,7 @@ class DenoiserConfig:
     mlp_width: int = 0
     latent_positions: bool = False
     time_gains: bool = False
+    pointer_length: int = 0
     remat: bool = False
 
     @property
@@ -64,6 +68,23 @@ class DenoiserConfig:
 
 KeysValues = tuple[jax.Array, jax.Array]
 """Keys and values of one attention, [B, S, H, K] each."""
+
+
+class Window(NamedTuple):
+    """Part of a context that is read a second time, as the window of a pointer.
+
+    `shares_BxLxS` says what its positions take of the context; `slots_LxD` tell them apart.
+    """
+
+    shares_BxLxS: jax.Array
+    slots_LxD: jax.Array
+
+
+class Condition(NamedTuple):
+    """What the denoiser reads of a source, projected: for each block, and for the pointer."""
+
+    of_block: tuple[KeysValues, ...]
+    pointer_keys: tuple[jax.Array, jax.Array] | None = None
 
 
 class Attention(nn.Module):
@@ -78,18 +99,38 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, context: jax.Array | KeysValues, mask_BxS: jax.Array | None
+        self,
+        x_BxTxD: jax.Array,
+        context: jax.Array | KeysValues,
+        mask_BxS: jax.Array | None,
+        window: Window | None = None,
     ) -> jax.Array:
         width = x_BxTxD.shape[-1]
+        layers = {
+            name: linear(width, width, dtype=self.dtype, name=name)
+            for name in ("query", "key", "value")
+        }
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            return split_heads(linear(width, width, dtype=self.dtype, name=name)(x), self.num_heads)
+            return split_heads(layers[name](x), self.num_heads)
 
         query = project(x_BxTxD, "query")
         if isinstance(context, tuple):
             key, value = context
         else:
             key, value = project(context, "key"), project(context, "value")
+        if window is not None:
+
+            def extended(of_context: jax.Array, name: str) -> jax.Array:
+                shares = window.shares_BxLxS.astype(of_context.dtype)
+                of_window = jnp.einsum("bls,bshk->blhk", shares, of_context)
+                of_window += project(window.slots_LxD[None].astype(self.dtype), name)
+                return jnp.concatenate([of_context, of_window], axis=1)
+
+            key, value = extended(key, "key"), extended(value, "value")
+            if mask_BxS is not None:
+                seen_BxL = jnp.ones(window.shares_BxLxS.shape[:2], bool)
+                mask_BxS = jnp.concatenate([mask_BxS, seen_BxL], axis=1)
         if self.rotary:
             query, key = rotate(query), rotate(key)
         out = attend(query, key, value, mask_BxS)
@@ -112,6 +153,7 @@ class Block(nn.Module):
         mask_BxT: jax.Array | None = None,
         condition: jax.Array | KeysValues | None = None,
         condition_mask_BxS: jax.Array | None = None,
+        window: Window | None = None,
     ) -> jax.Array:
         x = x_BxTxD
         num_heads = self.config.num_heads
@@ -120,7 +162,7 @@ class Block(nn.Module):
         x = x + Attention(num_heads, True, self.dtype, name="attention")(normed, normed, mask_BxT)
         if condition is not None:
             x = x + Attention(num_heads, False, self.dtype, name="cross_attention")(
-                x, condition, condition_mask_BxS
+                x, condition, condition_mask_BxS, window
             )
         return x + SwiGLU(mlp_width, self.dtype, name="mlp")(RMSNorm(name="norm_mlp")(x))
 
@@ -165,14 +207,16 @@ class Denoiser(nn.Module):
         x_t_BxNxD: jax.Array,
         t_B: jax.Array,
         self_condition_BxNxD: jax.Array,
-        condition: jax.Array | tuple[KeysValues, ...] | None = None,
+        condition: jax.Array | Condition | None = None,
         condition_mask_BxS: jax.Array | None = None,
+        *,
+        pointer_alone: bool = False,
     ) -> jax.Array:
         """Returns x_0 [B, N, D], fp32.
 
         `t_B` is the diffusion time in [0, 1]; `self_condition_BxNxD` is an earlier estimate of
         x_0, or zeros; the condition is what `ConditionEncoder` returned, [B, S, D], or its
-        `keys_and_values`.
+        `keys_and_values`. `pointer_alone` is for `point`.
         """
         config, dtype = self.config, self.dtype
         width = config.width
@@ -182,15 +226,30 @@ class Denoiser(nn.Module):
         time_BxD = linear(width, 2 * width, use_bias=True, dtype=dtype, name="time_down")(
             nn.silu(time_BxD)
         )
+        estimate = self_condition_BxNxD.astype(dtype)
+        of_block: tuple[Any, ...] = (None,) * config.num_layers
+        pointer_keys, window = None, None
+        if isinstance(condition, Condition):
+            of_block, pointer_keys = condition
+        elif condition is not None:
+            of_block = (condition.astype(dtype),) * config.num_layers
+            if config.pointer_length:
+                keys = PointerKeys(config.num_heads, dtype, name="pointer_keys")
+                pointer_keys = keys(condition)
+        if pointer_keys is not None and condition_mask_BxS is not None:
+            pointer = Pointer(config.num_heads, config.pointer_length, dtype, name="pointer")
+            log_shares_BxS = pointer(
+                x_t_BxNxD, estimate, nn.silu(time_BxD), *pointer_keys, condition_mask_BxS
+            )
+            if pointer_alone:
+                return log_shares_BxS
+            slots_LxD = self.param(
+                "slots", nn.initializers.normal(1.0), (config.pointer_length, width)
+            )
+            window = Window(windows(jnp.exp(log_shares_BxS), config.pointer_length), slots_LxD)
         x = x_t_BxNxD.astype(dtype)
         if config.latent_positions:
             x += self.param("positions", nn.initializers.normal(1.0), x.shape[1:]).astype(dtype)
-        estimate = self_condition_BxNxD.astype(dtype)
-        of_block: tuple[Any, ...] = (None,) * config.num_layers
-        if isinstance(condition, tuple):
-            of_block = condition
-        elif condition is not None:
-            of_block = (condition.astype(dtype),) * config.num_layers
         skips = []
         block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
@@ -205,7 +264,9 @@ class Denoiser(nn.Module):
                 estimate
             )
             x = x + time[:, None] + guess
-            x = block(config, dtype, name=f"layers_{i}")(x, None, of_block[i], condition_mask_BxS)
+            x = block(config, dtype, name=f"layers_{i}")(
+                x, None, of_block[i], condition_mask_BxS, window
+            )
         x = RMSNorm(name="norm_out")(x.astype(jnp.float32))
         if config.time_gains:
             # Zeros at first, with which the estimate is that of the paper's denoiser.
@@ -216,21 +277,28 @@ class Denoiser(nn.Module):
             x = x * (1 + gain) + x_t_BxNxD * skip
         return x
 
+    def point(self, *inputs: Any) -> jax.Array:
+        """For the same inputs, a source among them: log pi of the pointer, [B, S] fp32."""
+        return self(*inputs, pointer_alone=True)
 
-def keys_and_values(
-    denoiser: Denoiser, params: Any, condition_BxSxD: jax.Array
-) -> tuple[KeysValues, ...]:
-    """What each block's cross-attention reads of a condition: the same in every step.
 
-    Made once for a text they cost once what they would cost in each step, for a long source
+def keys_and_values(denoiser: Denoiser, params: Any, condition_BxSxD: jax.Array) -> Condition:
+    """What the denoiser reads of a condition: the same in every step.
+
+    Made once for a text it costs once what it would cost in each step, for a long source
     several times the step itself.
     """
-    condition_BxSxD = condition_BxSxD.astype(denoiser.dtype)
+    config, dtype = denoiser.config, denoiser.dtype
+    condition_BxSxD = condition_BxSxD.astype(dtype)
 
     def project(block: int, name: str) -> jax.Array:
         kernel = params[f"layers_{block}"]["cross_attention"][name]["kernel"]
-        projected = condition_BxSxD @ kernel.astype(denoiser.dtype)
-        return split_heads(projected, denoiser.config.num_heads)
+        projected = condition_BxSxD @ kernel.astype(dtype)
+        return split_heads(projected, config.num_heads)
 
-    blocks = range(denoiser.config.num_layers)
-    return tuple((project(i, "key"), project(i, "value")) for i in blocks)
+    of_block = tuple((project(i, "key"), project(i, "value")) for i in range(config.num_layers))
+    if not config.pointer_length:
+        return Condition(of_block)
+    keys = PointerKeys(config.num_heads, dtype)
+    of_pointer: Any = keys.apply({"params": params["pointer_keys"]}, condition_BxSxD)
+    return Condition(of_block, of_pointer)

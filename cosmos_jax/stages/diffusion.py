@@ -2,7 +2,8 @@
 
 The loss and its self-conditioning are in `diffusion/loss.py`. Conditional tasks train the
 condition encoder along; for a share of the texts the source is replaced by the empty text,
-so that sampling can be guided away from what the model says without a source.
+so that sampling can be guided away from what the model says without a source. A denoiser with a
+pointer learns from the texts' tokens where to point; see `models/pointer.py`.
 """
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cosmos_jax.diffusion.loss import denoising_errors
 from cosmos_jax.diffusion.schedule import TanSchedule
+from cosmos_jax.models import pointer
 from cosmos_jax.models.cosmos import Cosmos
 from cosmos_jax.stages.base import Batch, Frozen, Params, Stage, Sums, row_keys
 
@@ -68,7 +70,8 @@ def make(
         keys_B: jax.Array,
         self_condition: bool | jax.Array,
         source_dropout_rate: float,
-    ) -> jax.Array:
+    ) -> dict[str, jax.Array]:
+        """[B] each: the error of the latents, and with a pointer also its loss."""
         source_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
         condition: tuple[jax.Array, ...] = ()
         if model.conditional:
@@ -82,17 +85,23 @@ def make(
             )
             mask = jnp.where(dropped_B[:, None], frozen["no_source_mask"], batch["source_mask"])
             condition = (model.encode_condition(params, states, mask), mask)
-        return denoising_errors(
+        error_B, inputs = denoising_errors(
             lambda *inputs: model.denoise(params, *inputs, *condition),
             schedule,
             batch["latents"].astype(jnp.float32),
             noise_keys,
             self_condition=self_condition,
         )
+        found = {"error": error_B}
+        if settings.pointer:
+            texts = (batch[name] for name in ("ids", "mask", "source_ids", "source_mask"))
+            wanted_BxS = jnp.where(dropped_B[:, None], 0, pointer.targets(*texts))
+            found["pointer"] = pointer.loss(model.point(params, *inputs, *condition), wanted_BxS)
+        return found
 
     def losses(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
         coin_key, row_key = jax.random.split(key)
-        error_B = errors(
+        found = errors(
             params,
             frozen,
             batch,
@@ -100,24 +109,26 @@ def make(
             jax.random.bernoulli(coin_key, settings.self_condition_rate),
             settings.source_dropout_rate,
         )
-        return {"loss": (jnp.sum(error_B), jnp.float32(error_B.shape[0]))}
+        weight = jnp.float32(batch["rows"].shape[0])
+        loss_B = jnp.sum(jnp.stack(list(found.values())), axis=0)
+        parts = found if settings.pointer else {}
+        return {
+            name: (jnp.sum(value_B), weight) for name, value_B in {"loss": loss_B, **parts}.items()
+        }
 
     def validation(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
         keys_B = row_keys(key, batch["rows"])
         weight = jnp.sum(batch["real"], dtype=jnp.float32)
-        return {
-            name: (
-                jnp.sum(
-                    jnp.where(
-                        batch["real"],
-                        errors(params, frozen, batch, keys_B, self_condition, 0.0),
-                        0.0,
-                    )
-                ),
-                weight,
-            )
-            for name, self_condition in (("loss", False), ("self_conditioned_loss", True))
-        }
+
+        def total(value_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(jnp.where(batch["real"], value_B, 0.0)), weight
+
+        found = errors(params, frozen, batch, keys_B, False, 0.0)
+        again = errors(params, frozen, batch, keys_B, True, 0.0)
+        sums = {"loss": total(found["error"]), "self_conditioned_loss": total(again["error"])}
+        if settings.pointer:
+            sums["pointer"] = total(found["pointer"])
+        return sums
 
     return Stage(
         name="diffusion",
