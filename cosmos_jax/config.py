@@ -123,6 +123,8 @@ def base() -> ConfigDict:
     df.rescale = "none"  # of estimates of x_0 while sampling: none | threshold | standardise
     df.answer = "mean"  # what a sampler returns: mean | x0
     df.guidance = 1.0  # weight w of x0_u + w (x0_c - x0_u); 1: no guidance
+    # Of a denoiser with a pointer, while sampling: below 1 it keeps to the likely parts.
+    df.pointer_temperature = 1.0
     _intervals(df)
 
     ar = config.autoregressive = _baseline()
@@ -246,6 +248,7 @@ SAMPLING = {
         "rescale",
         "answer",
         "guidance",
+        "pointer_temperature",
     ),
     "autoregressive": ("decoding", "temperature", "top_p", "num_beams", "length_penalty"),
     "masked": ("num_sampling_steps",),

@@ -120,6 +120,7 @@ def validate(config: ConfigDict) -> None:
     )
     require(0 < config.autoregressive.top_p <= 1, "autoregressive.top_p", "above 0, at most 1")
     require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")
+    require(config.diffusion.pointer_temperature > 0, "diffusion.pointer_temperature", "positive")
     require(config.autoencoder.position_std > 0, "autoencoder.position_std", "positive")
     require(config.diffusion.num_layers % 2 == 0, "diffusion.num_layers", "even")
     require(config.diffusion.condition_layers >= 0, "diffusion.condition_layers", "0 or more")

@@ -63,6 +63,7 @@ def make_sampler(config: ConfigDict, model: Cosmos) -> Callable[..., Any]:
       trace: also return the estimate of x_0 in each step, [steps, B, N, D].
     """
     settings = config.diffusion
+    model = model.at_pointer_temperature(settings.pointer_temperature)
     schedule = TanSchedule(settings.schedule_d)
     make_times = samplers.TIME_GRIDS[settings.time_grid]
     rescale = process.RESCALE[settings.rescale]

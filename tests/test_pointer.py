@@ -136,6 +136,24 @@ def test_cross_attention_reads_the_window_beside_the_source():
     )
 
 
+def test_a_low_temperature_keeps_to_the_likeliest():
+    """Near 0 the window is the one from the position of the greatest share."""
+    module, params, (*rest, source, mask) = denoiser()
+    log_shares = module.apply({"params": params}, *rest, source, mask, method="point")
+    one = np.eye(S, dtype=np.float32)[np.asarray(log_shares).argmax(axis=1)]
+    window = np.asarray(pointer.windows(one, L)) @ source + params["slots"]
+    plain = Denoiser(dataclasses.replace(CONFIG, pointer_length=0, max_source_length=S + L))
+    cold = Denoiser(dataclasses.replace(CONFIG, pointer_temperature=1e-4))
+    others = {k: v for k, v in params.items() if k not in ("pointer", "pointer_keys", "slots")}
+    found = cold.apply({"params": params}, *rest, source, mask)
+    longer = np.concatenate([source, window], axis=1)
+    seen = np.concatenate([mask, np.ones((B, L), bool)], axis=1)
+    np.testing.assert_allclose(
+        found, plain.apply({"params": others}, *rest, longer, seen), atol=1e-4
+    )
+    assert np.abs(found - module.apply({"params": params}, *rest, source, mask)).max() > 0.01
+
+
 def test_a_condition_read_once_serves_every_step():
     module, params, (*rest, source, mask) = denoiser()
     read = keys_and_values(module, params, source)

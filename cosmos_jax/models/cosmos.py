@@ -116,6 +116,11 @@ class Cosmos:
         denoiser = jax.tree_util.tree_map_with_path(convert, weights["denoiser"])
         return {**weights, "denoiser": denoiser}
 
+    def at_pointer_temperature(self, temperature: float) -> "Cosmos":
+        """The model with another temperature of its pointer, if it has one."""
+        config = dataclasses.replace(self.denoiser.config, pointer_temperature=temperature)
+        return dataclasses.replace(self, denoiser=dataclasses.replace(self.denoiser, config=config))
+
     def denoise(self, weights: Weights, *inputs: Any) -> jax.Array:
         """`Denoiser.__call__`."""
         return apply(self.denoiser, weights["denoiser"], *inputs)

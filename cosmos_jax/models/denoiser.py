@@ -47,7 +47,8 @@ class DenoiserConfig:
     `condition_layers` cross-attention reads the frozen states of the source, normed. With
     `latent_positions` a learned vector is added to each noised latent; with `time_gains` the
     estimate is norm(x) * g(t) + x_t * k(t), where g and k are learned for each feature; with a
-    `pointer_length`, the positions of a text, cross-attention also reads the window pointed to.
+    `pointer_length`, the positions of a text, cross-attention also reads the window pointed to, by
+    shares to the power of 1 / `pointer_temperature`.
     """
 
     width: int
@@ -59,6 +60,7 @@ class DenoiserConfig:
     latent_positions: bool = False
     time_gains: bool = False
     pointer_length: int = 0
+    pointer_temperature: float = 1.0
     remat: bool = False
 
     @property
@@ -246,7 +248,8 @@ class Denoiser(nn.Module):
             slots_LxD = self.param(
                 "slots", nn.initializers.normal(1.0), (config.pointer_length, width)
             )
-            window = Window(windows(jnp.exp(log_shares_BxS), config.pointer_length), slots_LxD)
+            shares_BxS = jax.nn.softmax(log_shares_BxS / config.pointer_temperature)
+            window = Window(windows(shares_BxS, config.pointer_length), slots_LxD)
         x = x_t_BxNxD.astype(dtype)
         if config.latent_positions:
             x += self.param("positions", nn.initializers.normal(1.0), x.shape[1:]).astype(dtype)
