@@ -208,6 +208,7 @@ MAY_CHANGE = {
         for name in (
             *("sampler", "num_sampling_steps", "min_time", "time_grid", "rescale", "answer"),
             "guidance",
+            "pointer_temperature",
         )
     ),
     *(

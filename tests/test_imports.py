@@ -20,6 +20,7 @@ LAYERS = """
     data.text_builder
     data.builders
     models.layers models.torch_files diffusion.schedule diffusion.time_sampling
+    models.pointer
     models.bert models.gpt2 models.autoencoder models.denoiser diffusion.process huggingface
     models.states models.weights models.token_decoder
     models.cosmos models.autoregressive models.masked diffusion.loss encoder language_model

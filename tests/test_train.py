@@ -193,7 +193,8 @@ def test_a_step_of_the_autoencoder_by_hand(opened):
 
 
 def test_a_step_of_the_diffusion_by_hand(opened):
-    """Equation (1) of diffusion/loss.py without its helpers, with a first pass and dropout."""
+    """Equations (1) of diffusion/loss.py and (5) of models/pointer.py without their helpers, with a
+    first pass and dropout."""
     stage, params, batch, model, (found, values) = opened["diffusion"]
     frozen = stage.frozen
     features = jax.jit(stage.features)(frozen, batch)
@@ -216,19 +217,31 @@ def test_a_step_of_the_diffusion_by_hand(opened):
     x_t = alpha[:, None, None] * x_0 + np.sqrt(1 - alpha**2)[:, None, None] * noise
     states, mask = np.array(features["source_states"]), np.array(batch["source_mask"])
     states[dropped], mask[dropped] = frozen["no_source_states"], frozen["no_source_mask"]
+    common = np.zeros(mask.shape)
+    for b in np.flatnonzero(~dropped):
+        text, source = (
+            np.asarray(batch[ids])[b][1 : batch[seen][b].sum() - 1]  # without [CLS] and [SEP]
+            for ids, seen in (("ids", "mask"), ("source_ids", "source_mask"))
+        )
+        for p in range(mask.shape[1]):
+            common[b, p] = sum(x == y for x, y in zip(text, source[p:], strict=False))
+    wanted = common**4 / (1 + (common**4).sum(axis=1, keepdims=True))
+    assert 0.1 < wanted.sum(axis=1).max()
 
     def loss(params, self_conditioned):
         condition = model.condition_encoder.apply(
             {"params": params["condition_encoder"]}, states, mask
         )
 
-        def denoise(c):
+        def denoise(c, method=None):
             inputs = (jnp.float32(x_t), jnp.float32(times), c, condition, mask)
-            return model.denoiser.apply({"params": params["denoiser"]}, *inputs)
+            return model.denoiser.apply({"params": params["denoiser"]}, *inputs, method=method)
 
         c = jnp.zeros_like(x_0)
         c = jnp.where(self_conditioned, jax.lax.stop_gradient(denoise(c)), c)
-        return jnp.mean((denoise(c) - x_0) ** 2)
+        log_shares = jnp.where(mask, denoise(c, "point"), 0)
+        pointing = -jnp.mean(jnp.sum(wanted * log_shares, axis=1))
+        return jnp.mean((denoise(c) - x_0) ** 2) + pointing
 
     coin = jax.random.bernoulli(coin_key, 0.5)
     expected, grads = jax.jit(jax.value_and_grad(loss))(params, coin)

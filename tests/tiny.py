@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
 from cosmos_jax.models.bert import BertConfig
+from cosmos_jax.models.denoiser import NOT_OF_THE_PAPER
 from cosmos_jax.models.torch_files import load_torch_file
 from cosmos_jax.models.weights import BERT_PREFIX
 from cosmos_jax.run import Run
@@ -151,8 +152,9 @@ class Tiny:
         return config
 
     def pairs_config(self, **fields) -> ConfigDict:
-        """Conditional, with guidance, and trained for it."""
+        """Conditional, guided, trained for it, and with all that is not the paper's."""
         guided = {"diffusion__guidance": 2.0, "diffusion__source_dropout_rate": 0.5}
+        guided |= {f"diffusion__{part}": True for part in NOT_OF_THE_PAPER}
         return self.config(self.pairs, **{**guided, **fields})
 
     def save_config(self, path: Path, config: ConfigDict) -> str:

@@ -20,7 +20,8 @@ def get_config():
     config.diffusion.pointer = True
     config.autoencoder.steps = 3_000
     config.diffusion.batch_size = 32
-    config.diffusion.steps = 8_000
+    config.diffusion.steps = 18_000
+    config.diffusion.pointer_temperature = 0.5
     config.autoregressive.batch_size = 32
     config.autoregressive.decoding = "beam"
     config.evaluate.protocols = "rouge,offline"
