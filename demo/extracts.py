@@ -66,10 +66,10 @@ def main() -> None:
         print(__doc__, file=sys.stderr)
         raise SystemExit(2)
     old, new = map(Path, sys.argv[1:])
+    if new.exists():
+        raise SystemExit(f"error: {new} is there already: delete it or name another directory")
     partial = new.with_name(f".{new.name}.partial")
     try:
-        if new.exists():
-            raise SystemExit(f"error: {new} is there already: delete it or name another directory")
         shutil.rmtree(partial, ignore_errors=True)  # what a kill left
         partial.mkdir(parents=True)
         shutil.copy(old / "test.jsonl", partial)
@@ -81,6 +81,8 @@ def main() -> None:
         os.rename(partial, new)
     except OSError as error:
         raise SystemExit(f"error: {error.filename}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -317,3 +317,64 @@ def test_the_first_words_of_sources(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
+
+
+# Extracts
+
+
+def make_extracts(old, new):
+    command = [sys.executable, str(ROOT / "demo" / "extracts.py"), str(old), str(new)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def write_splits(directory, rows):
+    directory.mkdir()
+    for name in ("train", "valid", "test"):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def test_extracts_are_the_nearest_words_of_the_source(tmp_path):
+    rows = [
+        # Of 4 words of the target the last three: F1 = 6 / 7, whatever their case and marks.
+        {
+            "source": "Foo\u2028is a fast, small text editor. It is fast.",
+            "target": "Small Text EDITOR here",
+        },
+        # Words count as often as they are there: F1 = 8 / 9, and 6 / 7 of the first three.
+        {"source": "a b c d a b c", "target": "a b c c"},
+        {"source": "nothing in common at all", "target": "other words"},
+        {"source": "two words", "target": "two words"},  # fewer than three
+        {"source": " ".join(["x"] * 22 + ["far", "too", "late"]), "target": "far too late"},
+    ]
+    write_splits(tmp_path / "old", rows)
+    done = make_extracts(tmp_path / "old", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["train: 2 rows", "valid: 2 rows"]
+    for name in ("train", "valid"):
+        lines = (tmp_path / "new" / f"{name}.jsonl").read_bytes().decode().split("\n")
+        found = [json.loads(line) for line in lines if line]
+        assert [row["target"] for row in found] == ["small text editor", "c d a b c"]
+        assert [row["source"] for row in found] == [row["source"] for row in rows[:2]]
+    assert jsonl.load(str(tmp_path / "new")).conditional
+    same = [(tmp_path / place / "test.jsonl").read_bytes() for place in ("old", "new")]
+    assert same[0] == same[1]
+
+
+def test_extracts_are_all_there_or_not_at_all(tmp_path):
+    write_splits(tmp_path / "old", [{"source": "one two three", "target": "one two three"}])
+    with open(tmp_path / "old" / "valid.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"source": "one two three"}\n')
+    done = make_extracts(tmp_path / "old", tmp_path / "new")
+    assert done.returncode == 1
+    assert f"error: {tmp_path / 'old' / 'valid.jsonl'}:2: " in done.stderr
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    done = make_extracts(tmp_path / "old", tmp_path / "new")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "is there already" in done.stderr
+    done = make_extracts(tmp_path / "none", tmp_path / "other")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "none" in done.stderr
+    assert not list(tmp_path.glob("*other*"))
+    assert subprocess.run(done.args[:2], capture_output=True, check=False).returncode == 2

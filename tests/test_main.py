@@ -55,6 +55,8 @@ def test_what_a_run_leaves(complete, tiny):
 
     for stage, metrics in config_lib.METRICS.items():
         names = {f"validation_{name}" for name in metrics}
+        if stage == "diffusion" and asked.diffusion.pointer:
+            names.add("validation_pointer")
         lines = tiny_lib.read_rows(workdir / "metrics.jsonl")
         for line in lines:
             if line["stage"] == stage and "validation_loss" in line:
