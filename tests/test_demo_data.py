@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_jax.data import jsonl
+from cosmos_jax.data import jsonl, sources
 from demo import debian_synopses as demo
 
 ROOT = Path(__file__).parents[1]
@@ -356,7 +356,7 @@ def test_extracts_are_the_nearest_words_of_the_source(tmp_path):
         found = [json.loads(line) for line in lines if line]
         assert [row["target"] for row in found] == ["small text editor", "c d a b c"]
         assert [row["source"] for row in found] == [row["source"] for row in rows[:2]]
-    assert jsonl.load(str(tmp_path / "new")).conditional
+    assert sources.load(f"jsonl:{tmp_path / 'new'}").conditional
     same = [(tmp_path / place / "test.jsonl").read_bytes() for place in ("old", "new")]
     assert same[0] == same[1]
 
