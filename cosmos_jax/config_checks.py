@@ -170,7 +170,7 @@ def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
         resolved.encoder[field.name] = getattr(encoder, field.name)
     resolved.data.conditional = conditional
     validate(resolved)
-    if resolved.diffusion.pointer and not conditional:
+    if resolved.system == "cosmos" and resolved.diffusion.pointer and not conditional:
         raise UserError(
             "config.diffusion.pointer is True, but the texts of config.data.source have no sources "
             "to point into"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh machine to generated text: bash launch/quickstart.sh [WORKDIR] [FLAG...]
 #
-# Shows what the small model in demo/ writes, then trains another denoiser in its latent space, on
-# the short sentences in the package. With flags for other texts, another encoder or
+# Shows what the small models in demo/ write, then trains another denoiser in the latent space of
+# the first, on the short sentences in the package. With flags for other texts, another encoder or
 # autoencoder, such as --config.data.source=jsonl:PATH, both stages are trained, on those.
 # Run again, it goes on where it stopped.
 set -euo pipefail
@@ -22,7 +22,10 @@ python=${COSMOS_VENV:-$root/.venv}/bin/python
 if [[ ! -e $workdir ]]; then
     echo "Sentences by the model in demo/sentences:"
     "$python" -m cosmos_jax.generate --model="$root/demo/sentences" --num=8
-    echo "Training another one, in $workdir"
+    echo "Descriptions of packages, and synopses by the model in demo/synopses:"
+    "$python" -m cosmos_jax.generate --model="$root/demo/synopses" \
+        --input="$root/demo/descriptions.txt" | paste -d '\n' "$root/demo/descriptions.txt" -
+    echo "Training another model of sentences, in $workdir"
 fi
 
 flags=(--config="$root/configs/demo/quickstart.py" --config.autoencoder.pretrained="$root/demo/sentences")

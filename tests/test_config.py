@@ -98,6 +98,7 @@ BAD = [
     ("autoencoder.decompressor_layers", -1),
     ("diffusion.condition_layers", -1),
     ("autoencoder.compress", False),  # 16 latents for 128 tokens
+    *(("diffusion.pointer_temperature", value) for value in (0.0, -1.0)),
     ("diffusion.time_grid", "cosine"),
     ("diffusion.rescale", "clip"),
     ("autoregressive.decoding", "random"),

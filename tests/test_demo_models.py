@@ -12,7 +12,7 @@ from cosmos_jax import exported
 from cosmos_jax.data import sources, tokens
 
 DEMO = Path(__file__).parents[1] / "demo"
-NAMES = ("sentences",)
+NAMES = ("sentences", "synopses")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -32,6 +32,7 @@ def test_the_card(name):
     assert f"--config=configs/demo/{name}.py" in card
     table = card.split("\n## Scores\n")[1].split("\n## ")[0]
     assert "autoregressive" in table
+    assert ("first words" in table) == (name == "synopses")
     samples = card.split("\n## Samples\n")[1].split("\n## ")[0]
     assert len(re.findall(r"^\d+\. ", samples, re.M)) == 12
     assert "none left out" in samples
@@ -39,14 +40,16 @@ def test_the_card(name):
 
 
 def test_texts_of_a_seed(model):
-    first, again = (model.generate(3, seed=3) for _ in range(2))
+    given = (DEMO / "descriptions.txt").read_text().splitlines() if model.conditional else None
+    first, again = (model.generate(3, sources=given, seed=3) for _ in range(2))
     assert first == again
     assert len(set(first)) == 3
     assert all(len(text.split()) >= 2 for text in first)
 
 
-def test_it_reconstructs_as_its_card_says(model):
+def test_it_reconstructs_as_its_card_says():
     """The share of tokens, counted anew on held-out sentences, of weights rounded for the disk."""
+    model = cosmos_jax.load(DEMO / "sentences")
     valid = sources.load("sentences").valid
     texts = sources.first_texts(valid, 1_000)
     length = model.config.data.max_length

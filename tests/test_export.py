@@ -232,6 +232,7 @@ def assert_same(ours, theirs, path=""):
         ({"autoencoder__compress": False, "autoencoder__num_latents": 12}, "without compression"),
         ({"diffusion__latent_positions": True}, r"config\.diffusion\.latent_positions"),
         ({"diffusion__time_gains": True}, r"config\.diffusion\.time_gains"),
+        ({"diffusion__pointer": True}, r"config\.diffusion\.pointer"),
         ({"encoder__vocab_size": 70}, r"say 60 of the encoder's 70 tokens"),
         ({"encoder__vocab_size": 60}, "another text encoder than BERT"),
     ],

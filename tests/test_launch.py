@@ -616,8 +616,9 @@ def test_the_quickstart_begins_with_the_demo_unless_something_else_is_given(
         )
         return [line for line in done.stdout.splitlines() if "asked: -m cosmos_jax" in line]
 
-    sentences, training = asked()
+    sentences, synopses, training = asked()
     assert f"generate --model={ROOT}/demo/sentences --num=8" in sentences
+    assert f"generate --model={ROOT}/demo/synopses --input=" in synopses
     assert f"main --config={ROOT}/configs/{config}.py " in training
     assert training.endswith(" ".join([f"--workdir={workdir}", *flags]))
     given = f"--config.autoencoder.pretrained={ROOT}/demo/sentences"

@@ -250,6 +250,13 @@ def test_rows_decide_whether_texts_have_sources(tiny, tmp_path):
         assert run.config.data.conditional is conditional
 
 
+def test_a_pointer_needs_something_to_point_into(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"config\.diffusion\.pointer is True, .*no sources"):
+        tiny.run(tmp_path, tiny.texts, diffusion__pointer=True)
+    tiny.run(tmp_path, tiny.texts, diffusion__pointer=True, system="masked")
+    tiny.run(tmp_path, tiny.pairs, diffusion__pointer=True)
+
+
 def test_another_config_is_refused_by_its_field(tiny, finished):
     before = state(finished)
     with pytest.raises(

@@ -1,9 +1,9 @@
-"""The demo model of summarisation: the one-line synopsis of a Debian package from its description.
+"""The demo model of summarisation: a line for a Debian package, cut out of its description.
 
-python -m cosmos_jax.main --config=configs/demo/synopses.py --workdir=runs/demo_synopses \\
-    --config.data.source=jsonl:synopses
+python -m cosmos_jax.main --config=configs/demo/synopses.py --workdir=runs/demo_synopses
 
-`python demo/debian_synopses.py synopses` makes the data from the package lists of any Debian.
+`python demo/debian_synopses.py synopses` makes data from the package lists of any Debian, and
+`python demo/extracts.py synopses extracts` makes of them what this is trained on.
 """
 
 from configs.demo import sentences
@@ -23,6 +23,7 @@ def get_config():
     config.diffusion.steps = 18_000
     config.diffusion.pointer_temperature = 0.5
     config.autoregressive.batch_size = 32
+    config.autoregressive.steps = 2_400
     config.autoregressive.decoding = "beam"
     config.evaluate.protocols = "rouge,offline"
     return config
