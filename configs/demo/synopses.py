@@ -21,6 +21,7 @@ def get_config():
     config.autoencoder.steps = 3_000
     config.diffusion.batch_size = 32
     config.diffusion.steps = 18_000
+    config.diffusion.guidance = 1.5
     config.diffusion.pointer_temperature = 0.5
     config.autoregressive.batch_size = 32
     config.autoregressive.steps = 2_400
