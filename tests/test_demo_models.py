@@ -1,5 +1,6 @@
 """The models in demo/: small, whole, and what their cards say."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_texts_of_a_seed(model):
     assert first == again
     assert len(set(first)) == 3
     assert all(len(text.split()) >= 2 for text in first)
+
+
+def test_synopses_are_cut_out_of_descriptions():
+    """Most words are the source's, and most of those follow each other there."""
+    synopses = cosmos_jax.load(DEMO / "synopses")
+    descriptions = (DEMO / "descriptions.txt").read_text().splitlines()
+    found = synopses.generate(sources=descriptions * 4, seed=0)
+    words = {0: [], 1: []}  # by itself, and with the one before it
+    for source, text in zip(descriptions * 4, found, strict=True):
+        given, said = (re.findall(r"\w+", x.lower()) for x in (source, text))
+        assert 2 <= len(said) <= 18
+        words[0] += [word in given for word in said]
+        words[1] += [pair in set(itertools.pairwise(given)) for pair in itertools.pairwise(said)]
+    assert np.mean(words[0]) > 0.75
+    assert np.mean(words[1]) > 0.5
 
 
 def test_it_reconstructs_as_its_card_says():
