@@ -12,6 +12,7 @@ from cosmos_jax import config as config_lib
 from cosmos_jax import pipeline
 from cosmos_jax.data import tokens
 from cosmos_jax.models.cosmos import Cosmos
+from cosmos_jax.runner import open_run
 from cosmos_jax.sampling import make_generator
 
 SHAPE = (4, 32)  # latents, width
@@ -28,7 +29,7 @@ class Latents(Cosmos):
 @pytest.fixture(scope="module")
 def trained(tiny, finished_pairs):
     """config -> a generator of latents; weights; sources; keys."""
-    run = tiny.run(finished_pairs, tiny.pairs)
+    run = open_run(tiny.pairs_config(diffusion__guidance=1.0), finished_pairs)
     finished = pipeline.finished(run)
     model, weights = finished.model, finished.weights
     encoded = tokens.encode(run.encoder.tokenizer, SOURCES, run.config.data.max_source_length)

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from cosmos_jax.models.autoencoder import AutoencoderConfig, Compressor, Decompressor
 from cosmos_jax.models.bert import Bert
 from cosmos_jax.models.denoiser import (
+    IN_FP32,
     Condition,
     ConditionEncoder,
     Denoiser,
@@ -107,11 +108,12 @@ class Cosmos:
     def for_sampling(self, weights: Weights) -> Weights:
         """The weights with the denoiser's in the type of its products, converted once.
 
-        The gains of norms are left alone, which multiply in fp32.
+        What multiplies in fp32, such as the gains of norms, is left alone.
         """
 
         def convert(path: tuple, x: jax.Array) -> jax.Array:
-            return x if path[-1].key == "gain" else x.astype(self.denoiser.dtype)
+            in_fp32 = any(part.key in IN_FP32 for part in path)
+            return x if in_fp32 else x.astype(self.denoiser.dtype)
 
         denoiser = jax.tree_util.tree_map_with_path(convert, weights["denoiser"])
         return {**weights, "denoiser": denoiser}

@@ -38,6 +38,9 @@ TIME_MAX_PERIOD = 10.0
 # Fields of the config, and of `DenoiserConfig`, for parts that the paper's denoiser does not have.
 NOT_OF_THE_PAPER = ("latent_positions", "time_gains", "pointer")
 
+# Names of the parameters, or of the modules they are in, that multiply in fp32 whatever `dtype` is.
+IN_FP32 = frozenset({"gain", "time_gains", "gains", "prior", "places"})
+
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
