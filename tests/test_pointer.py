@@ -162,6 +162,21 @@ def test_a_condition_read_once_serves_every_step():
         np.testing.assert_allclose(apply(*rest, read, mask), apply(*rest, source, mask), atol=1e-5)
 
 
+def test_products_in_bfloat16():
+    module, *given = denoiser()
+    params, (*rest, source, mask) = jax.tree.map(jnp.asarray, given)
+    rounded = Denoiser(CONFIG, jnp.bfloat16)
+    found = rounded.apply({"params": params}, *rest, source, mask)
+    assert found.dtype == jnp.float32
+    error = np.abs(found - module.apply({"params": params}, *rest, source, mask)).max()
+    assert 0 < error < 0.3
+    read = keys_and_values(rounded, params, source)
+    assert read.of_block[0][0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        rounded.apply({"params": params}, *rest, read, mask), found, atol=0.05
+    )
+
+
 @pytest.mark.parametrize("part", ["noised", "estimate"])
 def test_it_learns_where_a_text_begins(part):
     """From latents that are the states of a window, under noise, with the error of a step."""
