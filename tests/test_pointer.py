@@ -120,38 +120,33 @@ def test_at_first_it_points_everywhere():
     np.testing.assert_allclose(found, MASK / MASK.sum(axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_cross_attention_reads_the_window_beside_the_source():
-    """As a denoiser without a pointer would a source with the window behind it."""
-    module, params, (*rest, source, mask) = denoiser()
-    shares = np.exp(module.apply({"params": params}, *rest, source, mask, method="point"))
+def with_window_behind(shares: np.ndarray) -> jax.Array:
+    """What a denoiser without a pointer answers to the source with that window behind it."""
+    _, params, (*rest, source, mask) = denoiser()
     window = np.asarray(pointer.windows(shares, L)) @ source + params["slots"]
     plain = Denoiser(dataclasses.replace(CONFIG, pointer_length=0, max_source_length=S + L))
+    others = {k: v for k, v in params.items() if k not in ("pointer", "pointer_keys", "slots")}
     longer = np.concatenate([source, window], axis=1)
     seen = np.concatenate([mask, np.ones((B, L), bool)], axis=1)
-    others = {k: v for k, v in params.items() if k not in ("pointer", "pointer_keys", "slots")}
-    np.testing.assert_allclose(
-        module.apply({"params": params}, *rest, source, mask),
-        plain.apply({"params": others}, *rest, longer, seen),
-        atol=1e-4,
-    )
+    return plain.apply({"params": others}, *rest, longer, seen)
+
+
+def test_cross_attention_reads_the_window_beside_the_source():
+    module, params, inputs = denoiser()
+    shares = np.exp(module.apply({"params": params}, *inputs, method="point"))
+    found = module.apply({"params": params}, *inputs)
+    np.testing.assert_allclose(found, with_window_behind(shares), atol=1e-4)
 
 
 def test_a_low_temperature_keeps_to_the_likeliest():
     """Near 0 the window is the one from the position of the greatest share."""
-    module, params, (*rest, source, mask) = denoiser()
-    log_shares = module.apply({"params": params}, *rest, source, mask, method="point")
+    module, params, inputs = denoiser()
+    log_shares = module.apply({"params": params}, *inputs, method="point")
     one = np.eye(S, dtype=np.float32)[np.asarray(log_shares).argmax(axis=1)]
-    window = np.asarray(pointer.windows(one, L)) @ source + params["slots"]
-    plain = Denoiser(dataclasses.replace(CONFIG, pointer_length=0, max_source_length=S + L))
     cold = Denoiser(dataclasses.replace(CONFIG, pointer_temperature=1e-4))
-    others = {k: v for k, v in params.items() if k not in ("pointer", "pointer_keys", "slots")}
-    found = cold.apply({"params": params}, *rest, source, mask)
-    longer = np.concatenate([source, window], axis=1)
-    seen = np.concatenate([mask, np.ones((B, L), bool)], axis=1)
-    np.testing.assert_allclose(
-        found, plain.apply({"params": others}, *rest, longer, seen), atol=1e-4
-    )
-    assert np.abs(found - module.apply({"params": params}, *rest, source, mask)).max() > 0.01
+    found = cold.apply({"params": params}, *inputs)
+    np.testing.assert_allclose(found, with_window_behind(one), atol=1e-4)
+    assert np.abs(found - module.apply({"params": params}, *inputs)).max() > 0.01
 
 
 def test_a_condition_read_once_serves_every_step():
