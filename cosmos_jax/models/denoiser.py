@@ -35,7 +35,7 @@ from cosmos_jax.models.pointer import Pointer, PointerKeys, windows
 # Periods of the time features run from 2 pi to 2 pi times this; t itself stays in [0, 1].
 TIME_MAX_PERIOD = 10.0
 
-# Fields of the config, and of `DenoiserConfig`, for parts that the paper's denoiser does not have.
+# Fields of `config.diffusion` for parts that the paper's denoiser does not have.
 NOT_OF_THE_PAPER = ("latent_positions", "time_gains", "pointer")
 
 # Names of the parameters, or of the modules they are in, that multiply in fp32 whatever `dtype` is.
