@@ -6,12 +6,15 @@ python -m cosmos_jax.main --config=configs/workdir.py:runs/stories --workdir=run
 
 from pathlib import Path
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import workdir
 from cosmos_jax.errors import UserError
 
 
 def get_config(directory=""):
-    config = workdir.read_config(Path(directory)) if directory else None
-    if config is None:
+    recorded = workdir.read_config(Path(directory)) if directory else None
+    if recorded is None:
         raise UserError(f"{directory or 'no folder given'}: no config.json; say workdir.py:FOLDER")
+    config = config_lib.base()
+    config.update(recorded)  # a field that an older one lacks has its default
     return config

@@ -1,6 +1,7 @@
 """What a configuration must be to work, and to go on with what another one began."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -118,6 +119,7 @@ def validate(config: ConfigDict) -> None:
         "autoencoder.pretrained",
         "the run whose latents config.diffusion.pretrained learned, often the same one",
     )
+    _check_distillation(config, require)
     require(0 < config.autoregressive.top_p <= 1, "autoregressive.top_p", "above 0, at most 1")
     require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")
     require(config.diffusion.pointer_temperature > 0, "diffusion.pointer_temperature", "positive")
@@ -160,6 +162,22 @@ def validate(config: ConfigDict) -> None:
     require(len(rest) <= 1, f"mesh.{rest[-1]}" if rest else "mesh", "1 or more: one -1 is enough")
 
 
+def _check_distillation(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
+    settings = config.diffusion
+    steps = settings.distilled_steps
+    require(steps >= 0, "diffusion.distilled_steps", "0 or more")
+    if config.system != "cosmos" or not steps:
+        return
+    require(
+        settings.teacher_steps > 0 and settings.teacher_steps % steps == 0,
+        "diffusion.teacher_steps",
+        f"a multiple of distilled_steps, {steps}",
+    )
+    why = "of a denoiser that learned to go in those steps (config.diffusion.distilled_steps)"
+    for field, need in (("sampler", "ddim"), ("num_sampling_steps", steps), ("guidance", 1.0)):
+        require(settings[field] == need, f"diffusion.{field}", f"{need!r}, {why}")
+
+
 def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
     """The config with what the files say: the encoder's sizes and whether texts have sources.
 
@@ -175,6 +193,12 @@ def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
             "config.diffusion.pointer is True, but the texts of config.data.source have no sources "
             "to point into"
         )
+    if resolved.system == "cosmos" and resolved.diffusion.distilled_steps:
+        if not resolved.diffusion.pretrained:
+            raise UserError(
+                "config.diffusion.distilled_steps is not 0: name the folder of the teacher's run as "
+                "config.diffusion.pretrained, or begin with --config=configs/distill.py:FOLDER"
+            )
     return resolved
 
 

@@ -202,9 +202,12 @@ def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> 
     evaluations = settings.num_sampling_steps * (2 if settings.sampler == "heun" else 1)
     if model.conditional and settings.guidance != 1:
         evaluations *= 2
+    train_denoiser = forward["bert"] + forward["compressor"] + train_source + denoise
+    if settings.distilled_steps:
+        taught = settings.teacher_steps * (1 if settings.teacher_guidance == 1 else 2)
+        train_denoiser = train_source + forward["denoiser"] * (3 * settings.distilled_steps + taught)
     return {
         "autoencoder_training_step": config.autoencoder.batch_size * (forward["bert"] + 3 * encode),
-        "diffusion_training_step": settings.batch_size
-        * (forward["bert"] + forward["compressor"] + train_source + denoise),
+        "diffusion_training_step": settings.batch_size * train_denoiser,
         "generated_text": per_source + evaluations * forward["denoiser"] + forward["decompressor"],
     }

@@ -74,6 +74,8 @@ def evaluate(run: Run) -> None:
             raise distributed.Preempted("evaluate: what is done is saved")
 
     for name in finished.stages:
+        if name == "diffusion" and run.config.diffusion.distilled_steps:
+            continue  # its loss is the distance from a teacher, which need not be there any more
         if name not in state["held_out"]:
             sums = state.setdefault("sums", {"texts": 0, "totals": {}})
             for count, totals in held_out_sums(run, finished, name, **sums):

@@ -26,7 +26,7 @@ from cosmos_jax.errors import UserError
 from cosmos_jax.models import cosmos
 from cosmos_jax.models.cosmos import Cosmos, Weights
 from cosmos_jax.run import Run
-from cosmos_jax.stages import autoencoder, diffusion
+from cosmos_jax.stages import autoencoder, diffusion, distillation
 from cosmos_jax.stages.base import Stage
 from cosmos_jax.train import train
 
@@ -145,6 +145,16 @@ def diffusion_stage(run: Run) -> Finished:
     return Finished(model, {"autoencoder": first, "diffusion": second}, weights, second.provenance)
 
 
+def _diffusion_stage_to_train(run: Run) -> Stage:
+    """Stage two; with a teacher, its weights are in memory too."""
+    found = diffusion_stage(run)
+    stage = found.stages["diffusion"]
+    if not run.config.diffusion.distilled_steps:
+        return stage
+    teacher_step, teacher = pretrained.parameters(run, stage)
+    return distillation.make(run.config, found.model, stage, teacher, teacher_step)
+
+
 def baseline_stage(run: Run) -> tuple[Any, Stage]:
     """The model of a baseline and its one stage."""
     name = run.config.system
@@ -211,7 +221,7 @@ def train_stage(run: Run, name: str) -> None:
     if name == "autoencoder":
         _, stage = autoencoder_stage(run)
     elif name == "diffusion":
-        stage = diffusion_stage(run).stages[name]
+        stage = _diffusion_stage_to_train(run)
     else:
         _, stage = baseline_stage(run)
     step = trained.newest_step(run.workdir / name)

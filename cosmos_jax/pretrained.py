@@ -51,19 +51,19 @@ def statistics(run: Run, name: str) -> dict[str, np.ndarray]:
 
 def begin(run: Run, stage: Stage) -> Stage:
     """The stage, with those weights to begin with; UserError if they are of other shapes."""
-    source = _directory(run, stage.name)
-    theirs = _as_there(stage, source.parent)
-
-    def load() -> Params:
-        try:
-            return trained.parameters(theirs, run, source)[1]
-        except UserError as error:
-            raise UserError(f"config.{stage.name}.pretrained: {error}") from error
-
     # Now, to say what will not do before anything is computed; again when training begins, so
     # that they do not lie beside the weights in training.
-    load()
-    return dataclasses.replace(stage, begin=load)
+    parameters(run, stage)
+    return dataclasses.replace(stage, begin=lambda: parameters(run, stage)[1])
+
+
+def parameters(run: Run, stage: Stage) -> tuple[int, Params]:
+    """Step and weights of that stage; UserError if it has none, or of other shapes."""
+    source = _directory(run, stage.name)
+    try:
+        return trained.parameters(_as_there(stage, source.parent), run, source)
+    except UserError as error:
+        raise UserError(f"config.{stage.name}.pretrained: {error}") from error
 
 
 def require_same_autoencoder(

@@ -31,7 +31,7 @@ def table(run: Run) -> str:
     rows = [("", "before training", "after training")]
     for stage, name, label in FIGURES:
         key = f"validation_{name}"
-        if stage in after:
+        if key in after.get(stage, {}):
             rows.append((label, f"{before[stage][key]:.4f}", f"{after[stage][key]:.4f}"))
     width = max(len(label) for label, _, _ in rows)
     lines = [f"{label:<{width}}  {a:>15}  {b:>15}".rstrip() for label, a, b in rows]
@@ -53,9 +53,10 @@ def _summary(run: Run) -> str:
         )
     else:
         trained = f"from {ae.pretrained}" if ae.pretrained else f"trained for {ae.steps:,} steps"
+        teacher = f" by that from {df.pretrained}" if df.distilled_steps else ""
         made = (
             f"an autoencoder to {ae.num_latents} latents, {trained},\nand a denoiser trained for "
-            f"{df.steps:,} steps, sampled in {df.num_sampling_steps} ({df.sampler})"
+            f"{df.steps:,} steps{teacher}, sampled in {df.num_sampling_steps} ({df.sampler})"
         )
     return f"{texts}: {made}. Everything is in\n{run.workdir}"
 

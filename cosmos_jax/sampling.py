@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cosmos_jax.diffusion import process, samplers
+from cosmos_jax.diffusion.loss import Denoise
 from cosmos_jax.diffusion.schedule import TanSchedule
 from cosmos_jax.models.cosmos import Cosmos, Weights
 from cosmos_jax.models.denoiser import Condition as Read
@@ -82,8 +83,10 @@ def make_sampler(config: ConfigDict, model: Cosmos) -> Callable[..., Any]:
         weights = model.for_sampling(weights)
         condition: Condition | tuple[()] = ()
         if source is not None:
-            condition = _condition(model, weights, source, settings.guidance != 1)
-        denoise = _denoise(model, weights, condition, settings.guidance)
+            states_BxSxD = model.text_states(weights, *source)
+            guided = settings.guidance != 1
+            condition = read_condition(model, weights, states_BxSxD, source[1], guided)
+        denoise = make_denoise(model, weights, condition, settings.guidance)
 
         def estimate(x: jax.Array, t_B: jax.Array, self_condition: jax.Array) -> jax.Array:
             x_0 = rescale(denoise(x, t_B, self_condition))
@@ -114,13 +117,17 @@ def make_sampler(config: ConfigDict, model: Cosmos) -> Callable[..., Any]:
     return draw
 
 
-def _condition(model: Cosmos, weights: Weights, source: Source, guided: bool) -> Condition:
-    """What the denoiser reads of the sources, and with guidance of as many empty ones after them.
+def read_condition(
+    model: Cosmos,
+    weights: Weights,
+    states_BxSxD: jax.Array,
+    mask_BxS: jax.Array,
+    guided: bool,
+) -> Condition:
+    """What the denoiser reads of the sources, and if guided of as many empty ones after them.
 
     Computed once for a text, not in each step.
     """
-    ids_BxS, mask_BxS = source
-    states_BxSxD = model.text_states(weights, ids_BxS, mask_BxS)
     read = model.read_condition(weights, model.encode_condition(weights, states_BxSxD, mask_BxS))
     if guided:
         states, mask = weights["no_source_states"][None], weights["no_source_mask"][None]
@@ -133,8 +140,8 @@ def _condition(model: Cosmos, weights: Weights, source: Source, guided: bool) ->
     return read, mask_BxS
 
 
-def _denoise(model: Cosmos, weights: Weights, condition: tuple, guidance: float) -> Callable:
-    """x_0 estimates; with guidance x_0u + w (x_0c - x_0u), both in one pass of 2 B texts."""
+def make_denoise(model: Cosmos, weights: Weights, condition: tuple, guidance: float) -> Denoise:
+    """x_0 estimates, given what was read of the sources or (); with guidance x_0u + w (x_0c - x_0u), both in one pass of 2 B texts."""
 
     def denoise(x, t, self_condition):
         return model.denoise(weights, x, t, self_condition, *condition)

@@ -40,6 +40,12 @@ EAGER = "torch_autoregressive"  # GPT-2 in PyTorch
 # What each system changes in the common config. Of "token_level" `num_latents` follows.
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {"system": "cosmos", "autoencoder.compress": True},
+    "distilled": {
+        "system": "cosmos",
+        "autoencoder.compress": True,
+        "diffusion.sampler": "ddim",
+        "diffusion.num_sampling_steps": 2,
+    },
     "faithful": {"system": "cosmos", "autoencoder.compress": True, **config_lib.FAITHFUL},
     "autoregressive": {"system": "autoregressive"},
     "token_level": {"system": "cosmos", "autoencoder.compress": False},

@@ -31,7 +31,7 @@ LAYERS = """
     diffusion.samplers stages.base run exported
     stages.autoencoder stages.diffusion stages.autoregressive stages.masked
     sampling decoding unmasking trained train measure feature_cache latents
-    baselines pretrained guides
+    baselines pretrained guides stages.distillation
     describe convert parity pipeline pth editing
     programs
     samples examples model_card library

@@ -173,12 +173,14 @@ def sample(
     times: jax.Array,
     noise: Callable[[jax.Array], jax.Array],
     *,
+    self_condition: jax.Array | None = None,
     answer: str = "mean",
     trace: bool = False,
 ) -> Any:
     """Runs a sampler from x_T along `times` (decreasing; from 1 if x_T ~ N(0, I)).
 
-    `noise(i)` is the z of step i, [B, N, D]. `answer` is what the run returns: "mean", the
+    `noise(i)` is the z of step i, [B, N, D]. `self_condition` is what the first step is given, such
+    as the estimate that led to x_T; None: zeros. `answer` is what the run returns: "mean", the
     mean of the last step, or "x0", the last estimate of the clean latents. With `trace` it returns
     the estimates that the steps hand on too, [steps, B, N, D].
     """
@@ -192,7 +194,8 @@ def sample(
         x = mean if scale is None else mean + scale * noise(i)
         return (x, x_0, mean), (x_0 if trace else None)
 
-    start = (x_T_BxNxD, jnp.zeros_like(x_T_BxNxD), x_T_BxNxD)
+    first = jnp.zeros_like(x_T_BxNxD) if self_condition is None else self_condition
+    start = (x_T_BxNxD, first, x_T_BxNxD)
     (_, x_0, mean), estimates = jax.lax.scan(body, start, jnp.arange(len(times) - 1))
     found = mean if answer == "mean" else x_0
     return (found, estimates) if trace else found

@@ -1,0 +1,27 @@
+"""A finished run's denoiser taught to do with a few steps, in a workdir of its own.
+
+python -m cosmos_jax.main --config=configs/distill.py:runs/stories --workdir=runs/stories_fast
+
+It costs about as much as the denoiser itself: `describe` says how much. Fewer or more steps:
+--config.diffusion.distilled_steps=2 --config.diffusion.num_sampling_steps=2
+"""
+
+from configs import workdir
+
+
+def get_config(directory=""):
+    config = workdir.get_config(directory)
+    ae, df = config.autoencoder, config.diffusion
+    ae.pretrained = ae.pretrained or directory
+    df.pretrained = directory
+    df.sampler = "ddim"
+    df.distilled_steps = df.num_sampling_steps = 2
+    df.teacher_steps = 24
+    df.teacher_guidance, df.guidance = df.guidance, 1.0
+    df.steps = max(1, df.steps // 10)
+    df.optimizer.learning_rate *= 0.3
+    df.optimizer.final_learning_rate = 0.05 * df.optimizer.learning_rate
+    df.optimizer.warmup_steps = min(df.optimizer.warmup_steps, df.steps // 10)
+    df.ema_decay = min(df.ema_decay, 0.99)
+    df.evaluate_every = df.checkpoint_every = max(1, df.steps // 4)
+    return config
