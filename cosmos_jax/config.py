@@ -108,8 +108,8 @@ def base() -> ConfigDict:
     df.time_gains = False
     # Nor this: it learns which part of the source a text repeats, see models/pointer.py.
     df.pointer = False
-    # Distillation: above 0, the denoiser in `pretrained` is a teacher, and this one learns to go in so
-    # many steps of ddim where the teacher goes in `teacher_steps`; see configs/distill.py.
+    # Above 0, the denoiser in `pretrained` is a teacher, and this one learns to go in so many steps
+    # of ddim where the teacher goes in `teacher_steps`; see configs/distill.py.
     df.distilled_steps = 0
     df.teacher_steps = 24
     df.teacher_guidance = 1.0

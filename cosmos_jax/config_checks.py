@@ -188,17 +188,17 @@ def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
         resolved.encoder[field.name] = getattr(encoder, field.name)
     resolved.data.conditional = conditional
     validate(resolved)
-    if resolved.system == "cosmos" and resolved.diffusion.pointer and not conditional:
+    df = resolved.diffusion
+    if resolved.system == "cosmos" and df.pointer and not conditional:
         raise UserError(
             "config.diffusion.pointer is True, but the texts of config.data.source have no sources "
             "to point into"
         )
-    if resolved.system == "cosmos" and resolved.diffusion.distilled_steps:
-        if not resolved.diffusion.pretrained:
-            raise UserError(
-                "config.diffusion.distilled_steps is not 0: name the folder of the teacher's run as "
-                "config.diffusion.pretrained, or begin with --config=configs/distill.py:FOLDER"
-            )
+    if resolved.system == "cosmos" and df.distilled_steps and not df.pretrained:
+        raise UserError(
+            "config.diffusion.distilled_steps is not 0: name the folder of the teacher's run as "
+            "config.diffusion.pretrained, or begin with --config=configs/distill.py:FOLDER"
+        )
     return resolved
 
 

@@ -205,7 +205,9 @@ def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> 
     train_denoiser = forward["bert"] + forward["compressor"] + train_source + denoise
     if settings.distilled_steps:
         taught = settings.teacher_steps * (1 if settings.teacher_guidance == 1 else 2)
-        train_denoiser = train_source + forward["denoiser"] * (3 * settings.distilled_steps + taught)
+        train_denoiser = train_source + forward["denoiser"] * (
+            3 * settings.distilled_steps + taught
+        )
     return {
         "autoencoder_training_step": config.autoencoder.batch_size * (forward["bert"] + 3 * encode),
         "diffusion_training_step": settings.batch_size * train_denoiser,

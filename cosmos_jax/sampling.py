@@ -141,7 +141,10 @@ def read_condition(
 
 
 def make_denoise(model: Cosmos, weights: Weights, condition: tuple, guidance: float) -> Denoise:
-    """x_0 estimates, given what was read of the sources or (); with guidance x_0u + w (x_0c - x_0u), both in one pass of 2 B texts."""
+    """x_0 estimates, from what was read of the sources, or () where there are none.
+
+    With guidance x_0u + w (x_0c - x_0u), both in one pass of 2 B texts.
+    """
 
     def denoise(x, t, self_condition):
         return model.denoise(weights, x, t, self_condition, *condition)

@@ -159,10 +159,12 @@ class Study:
     check: Callable[[ConfigDict, ConfigDict], None] = lambda config, run_config: None
 
 
+ROBUSTNESS = Study(
+    ("autoencoder",), robustness, "noise", ("bleu", "token_accuracy", "text_accuracy")
+)
 STUDIES = {
-    "robustness": Study(
-        ("autoencoder",), robustness, "noise", ("bleu", "token_accuracy", "text_accuracy")
-    ),
+    "robustness": ROBUSTNESS,
+    "decompressor": ROBUSTNESS,
     "smoothness": Study(("autoencoder",), smoothness, "weight", ("ngram_perplexity", "diversity")),
     "compression": Study(
         ("all",), generation, "num_latents", ("token_accuracy", *SCORES), line=None

@@ -13,12 +13,15 @@ NOTHING = {
     "autoencoder.noised_share": 0.0,
     "autoencoder.latent_dropout": 0.0,
 }
-# What each run changes in `base`: the recipe part by part, then the number of latents.
+# What each run changes in `base`: the recipe part by part, the depth of the decompressor, which in
+# "full" is 1, and the number of latents.
 RUNS = {
     "ce": NOTHING,
     "alignment": {**NOTHING, "autoencoder.alignment_weight": 1.0},
     "activation": {"autoencoder.latent_dropout": 0.0},
     "full": {},
+    "decompressor_2": {"autoencoder.decompressor_layers": 2},
+    "decompressor_4": {"autoencoder.decompressor_layers": 4},
     "latents_4": {"autoencoder.num_latents": 4},
     "latents_16": {"autoencoder.num_latents": 16},
 }
@@ -56,4 +59,12 @@ def study(name: str, *runs: str) -> ConfigDict:
     config.base = base()
     config.runs = runs
     config.changes = ConfigDict({run: RUNS[run] for run in runs}, convert_dict=False)
+    return config
+
+
+def noise_study(name: str, *runs: str) -> ConfigDict:
+    """A study of what is decoded from noised latents."""
+    config = study(name, *runs)
+    config.num_texts = 500
+    config.noise_levels = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # deviations of a latent
     return config
