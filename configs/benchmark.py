@@ -23,7 +23,9 @@ def get_config(size="paper"):
     base.encoder.vocab_size = config_lib.MINILM["vocab_size"]
     base.data.source = "embedded"
 
-    config.systems = "default,faithful,autoregressive,token_level,masked,torch_autoregressive"
+    config.systems = (
+        "default,distilled,faithful,autoregressive,token_level,masked,torch_autoregressive"
+    )
     config.batch_sizes = (1, 8, 64)
     config.accelerator_batch_sizes = (256,)  # these too where there is one
     config.rounds = 10
@@ -33,7 +35,7 @@ def get_config(size="paper"):
     config.skip_seconds = 900.0
     # Workdirs whose trained weights to take; empty: random ones.
     config.workdirs = ConfigDict(
-        dict(default="", faithful="", autoregressive="", token_level="", masked="")
+        dict(default="", distilled="", faithful="", autoregressive="", token_level="", masked="")
     )
 
     config.training = ConfigDict()

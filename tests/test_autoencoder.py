@@ -242,3 +242,17 @@ def test_only_the_decompressor_has_gates():
         x = jax.ShapeDtypeStruct((1, 3, 16), jnp.float32)
         params = jax.eval_shape(block.init, jax.random.key(0), x, x, None)["params"]
         assert ("attention_gate" in params) == ("mlp_gate" in params) == gated
+
+
+@pytest.mark.parametrize("vocabulary_size", [layers.COLUMNS - 1, 3 * layers.COLUMNS - 7, 1_536])
+def test_the_most_likely_rows_are_those_of_argmax(vocabulary_size):
+    """With few positions, and with so many that a CPU looks at columns of logits instead."""
+    rng = np.random.default_rng(0)
+    head = rng.standard_normal((16, vocabulary_size)).astype(np.float32)
+    head /= np.linalg.norm(head, axis=0)  # so that a row is what is most like it
+    for positions in (3, layers.MANY_POSITIONS):
+        wanted = rng.integers(vocabulary_size, size=(2, positions))
+        wanted[:, :3] = [0, vocabulary_size - 1, vocabulary_size // 2]
+        found = jax.jit(layers.most_likely)(head.T[wanted], head)
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, wanted)

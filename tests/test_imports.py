@@ -29,7 +29,7 @@ LAYERS = """
     scores.detoxification
     scores.protocols
     diffusion.samplers stages.base run exported
-    stages.autoencoder stages.diffusion stages.autoregressive stages.masked
+    stages.autoencoder stages.diffusion stages.autoregressive stages.masked diffusion.distillation
     sampling decoding unmasking trained train measure feature_cache latents
     baselines pretrained guides stages.distillation
     describe convert parity pipeline pth editing

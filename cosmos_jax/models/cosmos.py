@@ -32,6 +32,7 @@ from cosmos_jax.models.denoiser import (
     DenoiserConfig,
     keys_and_values,
 )
+from cosmos_jax.models.layers import most_likely
 from cosmos_jax.models.states import Weights, apply, make_bert, text_states
 from cosmos_jax.models.token_decoder import IdentityCompressor, TokenDecoder
 from cosmos_jax.sharding import split_batch
@@ -83,8 +84,12 @@ class Cosmos:
 
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
-        _, logits_BxLxV = self.decompress(weights, latents_BxNxD)
-        return weights["vocabulary"][jnp.argmax(logits_BxLxV, axis=-1)]
+        # As the decompressor's own head, whose logits are not computed where nothing asks for them.
+        states_BxLxD, _ = self.decompress(weights, latents_BxNxD)
+        head_DxV = weights["decompressor"]["head"]["kernel"]
+        dtype = self.decompressor.dtype
+        rows_BxL = most_likely(states_BxLxD.astype(dtype), head_DxV.astype(dtype))
+        return weights["vocabulary"][rows_BxL]
 
     def standardise(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Latents as the diffusion sees them."""
