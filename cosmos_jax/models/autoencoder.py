@@ -49,7 +49,10 @@ class AutoencoderConfig:
 
 class MemoryAttention(nn.Module):
     """Queries attend to the memory and to themselves, each through its own norm and key/value
-    projection; RMSNorm on the queries and keys of every head."""
+    projection; RMSNorm on the queries and keys of every head.
+
+    Queries that are the same for all texts, [1, T, D], are projected once.
+    """
 
     num_heads: int
     dtype: Dtype
@@ -58,10 +61,12 @@ class MemoryAttention(nn.Module):
     def __call__(
         self, queries_BxTxD: jax.Array, memory_BxMxD: jax.Array, mask_BxM: jax.Array | None
     ) -> jax.Array:
-        width = queries_BxTxD.shape[-1]
+        batch, width = memory_BxMxD.shape[0], queries_BxTxD.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            return split_heads(linear(width, width, dtype=self.dtype, name=name)(x), self.num_heads)
+            projected = linear(width, width, dtype=self.dtype, name=name)(x)
+            heads = split_heads(projected, self.num_heads)
+            return jnp.broadcast_to(heads, (batch, *heads.shape[1:]))
 
         queries = RMSNorm(name="norm_queries")(queries_BxTxD)
         memory = RMSNorm(name="norm_memory")(memory_BxMxD)
@@ -75,7 +80,7 @@ class MemoryAttention(nn.Module):
         mask = None
         if mask_BxM is not None:
             mask = jnp.concatenate(
-                [mask_BxM, jnp.ones(queries_BxTxD.shape[:2], dtype=bool)], axis=1
+                [mask_BxM, jnp.ones((batch, queries_BxTxD.shape[1]), dtype=bool)], axis=1
             )
         return linear(width, width, dtype=self.dtype, name="out")(attend(query, key, value, mask))
 
@@ -149,14 +154,13 @@ class Compressor(nn.Module):
         Dropout, as in training, only with a key for each text.
         """
         config = self.config
-        batch, length, _ = states_BxLxD.shape
+        length = states_BxLxD.shape[1]
         queries_NxD = self.param(
             "queries", nn.initializers.normal(0.02), (config.num_latents, config.width)
         )
         positions = _position_table(self, config)
         tokens_BxLxD = (states_BxLxD + positions[:length]).astype(self.dtype)
-        queries_NxD = RMSNorm(name="norm_queries")(queries_NxD).astype(self.dtype)
-        x_BxNxD = jnp.broadcast_to(queries_NxD, (batch, *queries_NxD.shape))
+        x_BxNxD = RMSNorm(name="norm_queries")(queries_NxD).astype(self.dtype)[None]
         block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
             x_BxNxD = block(config, gated=False, dtype=self.dtype, name=f"layers_{i}")(
@@ -195,7 +199,7 @@ class Decompressor(nn.Module):
             fold_in(dropout_keys_B, config.num_layers),
         )
         start = Gate(name="mask_gate")(start) + positions[: config.max_length]
-        x_BxLxD = jnp.broadcast_to(start, (batch, *start.shape[1:])).astype(self.dtype)
+        x_BxLxD = start.astype(self.dtype)
         block = rematerialised(Block, config.remat)
         for i in range(config.num_layers):
             x_BxLxD = block(config, gated=True, dtype=self.dtype, name=f"layers_{i}")(
