@@ -156,6 +156,8 @@ def _training(config: ConfigDict, stage: str, step: int) -> tuple[str, ...]:
     source = _named(settings.pretrained) if settings.pretrained else "random weights"
     if stage == "autoencoder" and settings.pretrained:
         return stage, _count(step), "", "", "", f"taken from {source}"
+    if stage == "diffusion" and settings.distilled_steps:
+        source += f", its teacher in {settings.teacher_steps} steps"
     rates = settings.optimizer.learning_rate, settings.optimizer.final_learning_rate
     rate = f"{rates[0]:g}" if rates[0] == rates[1] else f"{rates[0]:g} to {rates[1]:g}"
     average = f"{settings.ema_decay:g}" if settings.ema_decay else "none"

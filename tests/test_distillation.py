@@ -150,15 +150,6 @@ def distilled(tiny, source, data=None, **fields):
     return tiny.config(data, **{**names, **own, **fields})
 
 
-@pytest.fixture(scope="module")
-def taught(tiny, tmp_path_factory):
-    """A teacher, longer trained than in other tests, so that more steps do change what it says."""
-    workdir = tmp_path_factory.mktemp("taught") / "run"
-    for stage in ("autoencoder", "diffusion"):
-        run_stages(tiny.config(diffusion__steps=200), workdir, stage)
-    return workdir
-
-
 def latents(config, workdir, sampler, steps):
     """Where a run's denoiser leads from noise that is always the same, [40, N, D]."""
     run = open_run(config, workdir)
@@ -176,12 +167,11 @@ def latents(config, workdir, sampler, steps):
     return np.asarray(go(finished.weights))
 
 
-def test_two_steps_of_the_student_end_where_those_of_the_teacher_do(tiny, taught, tmp_path):
-    config = distilled(tiny, taught, diffusion__steps=150, diffusion__min_time=0.05)
+def test_two_steps_of_the_student_end_where_those_of_the_teacher_do(tiny, finished, tmp_path):
+    config = distilled(tiny, finished, diffusion__steps=80, diffusion__min_time=0.05)
     run_stages(config, tmp_path / "run", "diffusion")
     learned = latents(config, tmp_path / "run", "ddim", 2)
-    of_teacher = tiny.config(diffusion__steps=200)
-    few, goal = (latents(of_teacher, taught, *how) for how in (("ddim", 2), ("dpmpp_2m", 64)))
+    few, goal = (latents(tiny.config(), finished, *how) for how in (("ddim", 2), ("dpmpp_2m", 64)))
     distances = [np.sqrt(np.mean((found - goal) ** 2)) for found in (learned, few)]
     assert distances[0] < 0.6 * distances[1], distances
 
@@ -193,8 +183,8 @@ def test_two_steps_of_the_student_end_where_those_of_the_teacher_do(tiny, taught
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, taught, tmp_path):
-    teacher = shutil.copytree(taught, tmp_path / "teacher")
+def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, finished, tmp_path):
+    teacher = shutil.copytree(finished, tmp_path / "teacher")
     config = distilled(tiny, teacher, diffusion__steps=6)
     run_stages(config, tmp_path / "whole", "diffusion")
     run_stages(distilled(tiny, teacher, diffusion__steps=4), tmp_path / "parts", "diffusion")
@@ -208,8 +198,8 @@ def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, taught, tmp_path
     run.config.autoencoder.pretrained = str(moved)
     assert pipeline.finished(run).identity["diffusion_step"] == 6
     moved.rename(teacher)
-    run_stages(tiny.config(diffusion__steps=201), teacher, "diffusion")
-    with pytest.raises(UserError, match="was trained with teacher_step 200, but here it is 201"):
+    run_stages(tiny.config(diffusion__steps=31), teacher, "diffusion")
+    with pytest.raises(UserError, match="was trained with teacher_step 30, but here it is 31"):
         run_stages(distilled(tiny, teacher, diffusion__steps=8), tmp_path / "whole", "diffusion")
 
 
@@ -219,21 +209,18 @@ def _parameters(workdir):
     return step, items
 
 
-def test_a_guided_teacher_is_asked_with_and_without_the_source(tiny, tmp_path):
-    run_stages(tiny.pairs_config(diffusion__steps=4), tmp_path / "teacher", "autoencoder")
-    run_stages(tiny.pairs_config(diffusion__steps=4), tmp_path / "teacher", "diffusion")
+def test_a_guided_teacher_is_asked_with_and_without_the_source(tiny, finished_pairs, tmp_path):
     fields = {
         f"diffusion__{name}": value
         for name, value in tiny.pairs_config().diffusion.items()
         if name in ("latent_positions", "time_gains", "pointer")
     }
     fields |= {"diffusion__teacher_guidance": 3.0, "diffusion__steps": 2}
-    config = distilled(tiny, tmp_path / "teacher", tiny.pairs, **fields)
+    config = distilled(tiny, finished_pairs, tiny.pairs, **fields)
     run = open_run(config, tmp_path / "run")
     found = pipeline.diffusion_stage(run)
     model, diffusion = found.model, found.stages["diffusion"]
-    step, params = trained.parameters(diffusion, run, tmp_path / "teacher" / "diffusion")
-    assert step == 4
+    step, params = trained.parameters(diffusion, run, finished_pairs / "diffusion")
     stage = distillation.make(run.config, model, diffusion, params, step)
     batch = stage.features(stage.frozen, run.training_batches(8, "diffusion")(0))
     key = jax.random.key(5)
@@ -264,9 +251,9 @@ def test_a_guided_teacher_is_asked_with_and_without_the_source(tiny, tmp_path):
     assert unguided.losses(params, stage.frozen, batch, key)["loss"][0] < loss
 
 
-def test_the_config_of_a_finished_run(tiny, taught, tmp_path):
+def test_the_config_of_a_finished_run(tiny, finished, tmp_path):
     """configs/distill.py, from the first command to an exported model that needs no teacher."""
-    config = distill.get_config(str(taught))
+    config = distill.get_config(str(finished))
     config_checks.validate(config)
     assert config.diffusion.num_sampling_steps == config.diffusion.distilled_steps == 2
     config.diffusion.steps = 2
@@ -274,6 +261,8 @@ def test_the_config_of_a_finished_run(tiny, taught, tmp_path):
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert set(evaluation["held_out"]) == {"autoencoder"}
     export(tmp_path / "run", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| {finished.name}, its teacher in 24 steps |" in card
     run = pipeline.open_trained(tmp_path / "exported")
     assert run.config.diffusion.pretrained == ""
     assert pipeline.finished(run).identity["diffusion_step"] == 2
@@ -290,7 +279,7 @@ def test_the_config_of_a_finished_run(tiny, taught, tmp_path):
         ("pretrained", "", "name the folder of the teacher's run"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(tiny, taught, tmp_path, field, value, message):
-    config = distilled(tiny, taught, **{f"diffusion__{field}": value})
+def test_what_does_not_go_with_it_is_refused(tiny, finished, tmp_path, field, value, message):
+    config = distilled(tiny, finished, **{f"diffusion__{field}": value})
     with pytest.raises(UserError, match=message):
         open_run(config, tmp_path / "run")
