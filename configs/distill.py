@@ -2,8 +2,8 @@
 
 python -m cosmos_jax.main --config=configs/distill.py:runs/stories --workdir=runs/stories_fast
 
-It costs about as much as the denoiser itself: `describe` says how much. Fewer or more steps:
---config.diffusion.distilled_steps=2 --config.diffusion.num_sampling_steps=2
+It costs about as much as the denoiser itself: --stage=describe says how much. A single step:
+--config.diffusion.distilled_steps=1 --config.diffusion.num_sampling_steps=1
 """
 
 from configs import workdir
@@ -15,7 +15,7 @@ def get_config(directory=""):
     ae.pretrained = ae.pretrained or directory
     df.pretrained = directory
     df.sampler = "ddim"
-    df.distilled_steps = df.num_sampling_steps = 2
+    df.distilled_steps = df.num_sampling_steps = 4
     df.teacher_steps = 24
     df.teacher_guidance, df.guidance = df.guidance, 1.0
     df.steps = max(1, df.steps // 10)

@@ -44,7 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "system": "cosmos",
         "autoencoder.compress": True,
         "diffusion.sampler": "ddim",
-        "diffusion.num_sampling_steps": 2,
+        "diffusion.num_sampling_steps": 4,
     },
     "faithful": {"system": "cosmos", "autoencoder.compress": True, **config_lib.FAITHFUL},
     "autoregressive": {"system": "autoregressive"},

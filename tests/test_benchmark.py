@@ -96,7 +96,7 @@ def test_all_systems_are_measured(measured):
         for entry in measured["entries"]
     }
     assert calls["default"] == calls["token_level"] == {"denoiser": 3, "decoder": 1, "strings": 1}
-    assert calls["distilled"] == {"denoiser": 2, "decoder": 1, "strings": 1}
+    assert calls["distilled"] == {"denoiser": 4, "decoder": 1, "strings": 1}
     assert calls["faithful"] == {"denoiser": 200, "decoder": 1, "strings": 1}
     assert calls["autoregressive"] == {"token": LENGTH - 1, "draw": LENGTH - 1, "strings": 1}
 

@@ -255,7 +255,7 @@ def test_the_config_of_a_finished_run(tiny, finished, tmp_path):
     """configs/distill.py, from the first command to an exported model that needs no teacher."""
     config = distill.get_config(str(finished))
     config_checks.validate(config)
-    assert config.diffusion.num_sampling_steps == config.diffusion.distilled_steps == 2
+    assert config.diffusion.num_sampling_steps == config.diffusion.distilled_steps == 4
     config.diffusion.steps = 2
     run_stages(config, tmp_path / "run")
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
