@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_params import random_params
 
-from cosmos_jax.models import layers
+from cosmos_jax.models import cosmos, layers
 from cosmos_jax.models.autoencoder import (
     AutoencoderConfig,
     Block,
@@ -256,3 +256,20 @@ def test_the_most_likely_rows_are_those_of_argmax(vocabulary_size):
         found = jax.jit(layers.most_likely)(head.T[wanted], head)
         assert found.dtype == jnp.int32
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("num_texts", [2, 84, 200])  # one part, exactly one, two and a rest
+def test_texts_are_decoded_in_parts_as_all_at_once(tiny, num_texts):
+    config = tiny.config()
+    model = cosmos.build(config, vocabulary_size := 600)
+    latents = jax.random.normal(jax.random.key(0), (num_texts, 4, config.encoder.hidden_size))
+    embedding = jnp.ones(config.encoder.hidden_size)
+    weights = {
+        "decompressor": random_params(model.decompressor, latents, embedding)["params"],
+        "mask_embedding": embedding,
+        "vocabulary": jnp.arange(vocabulary_size)[::-1],
+    }
+    _, logits = model.decompress(weights, latents)
+    found = jax.jit(model.decode)(weights, latents)
+    np.testing.assert_array_equal(found, vocabulary_size - 1 - np.argmax(logits, axis=-1))
+    assert len(np.unique(found)) > 10

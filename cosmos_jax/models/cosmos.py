@@ -15,6 +15,7 @@ Shape letters: B batch, L text positions, S source positions, N latents, D width
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ from cosmos_jax.models.denoiser import (
     DenoiserConfig,
     keys_and_values,
 )
-from cosmos_jax.models.layers import most_likely
+from cosmos_jax.models.layers import MANY_POSITIONS, in_parts, most_likely
 from cosmos_jax.models.states import Weights, apply, make_bert, text_states
 from cosmos_jax.models.token_decoder import IdentityCompressor, TokenDecoder
 from cosmos_jax.sharding import split_batch
@@ -84,11 +85,19 @@ class Cosmos:
 
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
-        # As the decompressor's own head, whose logits are not computed where nothing asks for them.
-        states_BxLxD, _ = self.decompress(weights, latents_BxNxD)
-        head_DxV = weights["decompressor"]["head"]["kernel"]
         dtype = self.decompressor.dtype
-        rows_BxL = most_likely(states_BxLxD.astype(dtype), head_DxV.astype(dtype))
+        head_DxV = weights["decompressor"]["head"]["kernel"].astype(dtype)
+
+        def rows(latents_BxNxD: jax.Array) -> jax.Array:
+            # With the decompressor's own head; its logits, not asked for, are not computed.
+            states_BxLxD, _ = self.decompress(weights, latents_BxNxD)
+            return most_likely(states_BxLxD.astype(dtype), head_DxV)
+
+        # On a CPU the logits of many texts at once take as long to put into memory as to compute.
+        size = -(-MANY_POSITIONS // self.decompressor.config.max_length)
+        rows_BxL = jax.lax.platform_dependent(
+            latents_BxNxD, cpu=functools.partial(in_parts, rows, size=size), default=rows
+        )
         return weights["vocabulary"][rows_BxL]
 
     def standardise(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Parameters are always fp32; `dtype` is the type of the matrix products. Norms an
 softmax are computed in fp32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -160,6 +161,18 @@ def most_likely(x: jax.Array, head_DxV: jax.Array) -> jax.Array:
     if positions < MANY_POSITIONS or vocabulary_size < COLUMNS:
         return plain(x, head_DxV)
     return jax.lax.platform_dependent(x, head_DxV, cpu=by_columns, default=plain)
+
+
+def in_parts(function: Callable[[jax.Array], jax.Array], x_B: jax.Array, *, size: int) -> jax.Array:
+    """function(x), computed for `size` rows after the other, where rows do not know each other."""
+    parts = len(x_B) // size
+    if parts < 2:
+        return function(x_B)
+    first = x_B[: parts * size].reshape(parts, size, *x_B.shape[1:])
+    found = jax.lax.map(function, first)
+    found = found.reshape(parts * size, *found.shape[2:])
+    rest = x_B[parts * size :]
+    return jnp.concatenate([found, function(rest)]) if len(rest) else found
 
 
 def is_greatest(logits_V: jax.Array, row: jax.Array) -> jax.Array:
