@@ -272,4 +272,4 @@ def test_texts_are_decoded_in_parts_as_all_at_once(tiny, num_texts):
     _, logits = model.decompress(weights, latents)
     found = jax.jit(model.decode)(weights, latents)
     np.testing.assert_array_equal(found, vocabulary_size - 1 - np.argmax(logits, axis=-1))
-    assert len(np.unique(found)) > 10
+    assert len(np.unique(found)) >= min(10, num_texts)
