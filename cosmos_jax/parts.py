@@ -21,6 +21,8 @@ class Part:
     Attributes:
       function: (constants, state) -> answer.
       loops: the answer is the next state and takes its place in memory.
+      counted: what to count FLOPs and bytes of instead, where the function has a loop within, of
+        which XLA counts one turn.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Part:
     constants: Any
     state: Any
     loops: bool = False
+    counted: Callable[[Any, Any], Any] | None = None
 
 
 def parts_of(found: Model, key: jax.Array, batch: dict[str, jax.Array]) -> list[Part]:
@@ -71,7 +74,14 @@ def _cosmos_parts(found: Model, keys_B: jax.Array, source: Any) -> list[Part]:
     return [
         *several,
         Part("denoiser", calls, denoise, constants, _normal(num_passes, *latents)),
-        Part("decoder", 1, model.decode, weights, _normal(num_texts, *latents)),
+        Part(
+            "decoder",
+            1,
+            model.decode,
+            weights,
+            _normal(num_texts, *latents),
+            counted=model.decode_at_once,
+        ),
     ]
 
 

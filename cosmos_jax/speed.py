@@ -70,8 +70,12 @@ class TimedPart:
         compiling = jax.jit(part.function, donate_argnums=(1,) if part.loops else ())
         lowered = compiling.lower(part.constants, part.state)
         self._compiled = lowered.compile()
+        counted = self._compiled
+        if part.counted is not None:
+            lowered = jax.jit(part.counted).lower(part.constants, part.state)
+            counted = lowered.compile()
         self.flops = peaks.flops(lowered)
-        self.bytes = peaks.bytes_accessed(self._compiled)
+        self.bytes = peaks.bytes_accessed(counted)
         self._repeats = 1
         self.seconds()
         self.expected = self.seconds()

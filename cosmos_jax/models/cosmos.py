@@ -85,19 +85,19 @@ class Cosmos:
 
     def decode(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
         """Most likely token ids at all L positions, [B, L] int32; the text ends at [SEP]."""
-        dtype = self.decompressor.dtype
-        head_DxV = weights["decompressor"]["head"]["kernel"].astype(dtype)
-
-        def rows(latents_BxNxD: jax.Array) -> jax.Array:
-            # With the decompressor's own head; its logits, not asked for, are not computed.
-            states_BxLxD, _ = self.decompress(weights, latents_BxNxD)
-            return most_likely(states_BxLxD.astype(dtype), head_DxV)
-
+        decode = functools.partial(self.decode_at_once, weights)
         # On a CPU the logits of many texts at once take as long to put into memory as to compute.
         size = -(-MANY_POSITIONS // self.decompressor.config.max_length)
-        rows_BxL = jax.lax.platform_dependent(
-            latents_BxNxD, cpu=functools.partial(in_parts, rows, size=size), default=rows
+        return jax.lax.platform_dependent(
+            latents_BxNxD, cpu=functools.partial(in_parts, decode, size=size), default=decode
         )
+
+    def decode_at_once(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
+        """`decode`, whatever memory that takes."""
+        # With the decompressor's own head; its logits, not asked for, are not computed.
+        states_BxLxD, _ = self.decompress(weights, latents_BxNxD)
+        head_DxV, dtype = weights["decompressor"]["head"]["kernel"], self.decompressor.dtype
+        rows_BxL = most_likely(states_BxLxD.astype(dtype), head_DxV.astype(dtype))
         return weights["vocabulary"][rows_BxL]
 
     def standardise(self, weights: Weights, latents_BxNxD: jax.Array) -> jax.Array:
