@@ -14,7 +14,7 @@ from cosmos_jax.errors import UserError
 def get_config(directory=""):
     recorded = workdir.read_config(Path(directory)) if directory else None
     if recorded is None:
-        raise UserError(f"{directory or 'no folder given'}: no config.json; say workdir.py:FOLDER")
+        raise UserError(f"{directory or 'no folder given'}: no config.json; say CONFIG.py:FOLDER")
     config = config_lib.base()
     config.update(recorded)  # a field that an older one lacks has its default
     return config

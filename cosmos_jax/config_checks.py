@@ -173,6 +173,8 @@ def _check_distillation(config: ConfigDict, require: Callable[[bool, str, str], 
         "diffusion.teacher_steps",
         f"a multiple of distilled_steps, {steps}",
     )
+    metrics = ("", "validation_loss")
+    require(settings.best_metric in metrics, "diffusion.best_metric", "empty or validation_loss")
     why = "of a denoiser that learned to go in those steps (config.diffusion.distilled_steps)"
     for field, need in (("sampler", "ddim"), ("num_sampling_steps", steps), ("guidance", 1.0)):
         require(settings[field] == need, f"diffusion.{field}", f"{need!r}, {why}")

@@ -266,6 +266,10 @@ def test_the_config_of_a_finished_run(tiny, finished, tmp_path):
     run = pipeline.open_trained(tmp_path / "exported")
     assert run.config.diffusion.pretrained == ""
     assert pipeline.finished(run).identity["diffusion_step"] == 2
+    with pytest.raises(UserError, match="exported: is already distilled; name the run of a"):
+        distill.get_config(str(tmp_path / "exported"))
+    with pytest.raises(UserError, match=r"nothing: no config\.json"):
+        distill.get_config(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +280,7 @@ def test_the_config_of_a_finished_run(tiny, finished, tmp_path):
         ("num_sampling_steps", 50, "must be 2, of a denoiser"),
         ("guidance", 1.5, "must be 1.0, of a denoiser"),
         ("teacher_steps", 9, "must be a multiple of distilled_steps, 2"),
+        ("best_metric", "validation_self_conditioned_loss", "must be empty or validation_loss"),
         ("pretrained", "", "name the folder of the teacher's run"),
     ],
 )
