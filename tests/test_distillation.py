@@ -13,6 +13,7 @@ import tiny as tiny_lib
 from configs import distill
 from cosmos_jax import config_checks, pipeline, trained
 from cosmos_jax.checkpoint import Checkpoints
+from cosmos_jax.describe import describe
 from cosmos_jax.diffusion import samplers
 from cosmos_jax.diffusion.distillation import distillation_errors
 from cosmos_jax.diffusion.schedule import TanSchedule
@@ -270,6 +271,15 @@ def test_the_config_of_a_finished_run(tiny, finished, tmp_path):
         distill.get_config(str(tmp_path / "exported"))
     with pytest.raises(UserError, match=r"nothing: no config\.json"):
         distill.get_config(str(tmp_path / "nothing"))
+
+
+def test_what_a_step_of_it_costs(finished):
+    """Three passes for each step of the student, one for each of an unguided teacher."""
+    config = distill.get_config(str(finished))
+    flops = describe(config)["flops"]
+    config.diffusion.num_sampling_steps = 8
+    of_denoiser = (describe(config)["flops"]["generated_text"] - flops["generated_text"]) / 4
+    assert flops["diffusion_training_step"] == config.diffusion.batch_size * 36 * of_denoiser
 
 
 @pytest.mark.parametrize(

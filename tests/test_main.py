@@ -355,7 +355,7 @@ def test_describe_on_the_command_line():
         assert row.split("|")[4].strip() == held
 
 
-OTHERS = {"workdir", "benchmark"}  # are not of a task
+OTHERS = {"workdir", "distill", "benchmark"}  # are not of a task
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in OTHERS)
 CONDITIONAL = {"detoxify", "question", "summarize"}
 
