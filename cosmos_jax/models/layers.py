@@ -16,9 +16,8 @@ import numpy as np
 Dtype = Any
 NORM_EPS = 1e-5
 ROPE_THETA = 10_000.0
-# Of `most_likely`.
-COLUMNS = 512
-MANY_POSITIONS = 1_000
+COLUMNS = 512  # of `most_likely`
+MANY_POSITIONS = 1_000  # whose logits a CPU treats in another way than those of a few
 
 
 def linear(

@@ -74,5 +74,6 @@ def make(
         losses=losses,
         validation=validation,
         frozen={**diffusion.frozen, "teacher": teacher},
+        begin=diffusion.begin and (lambda: teacher),  # which is what it would read once more
         provenance={**diffusion.provenance, "teacher_step": teacher_step},
     )
