@@ -24,7 +24,7 @@ def get_config(size="paper"):
     base.data.source = "embedded"
 
     config.systems = (
-        "default,distilled,faithful,autoregressive,token_level,masked,torch_autoregressive"
+        "default,undistilled,faithful,autoregressive,token_level,masked,torch_autoregressive"
     )
     config.batch_sizes = (1, 8, 64)
     config.accelerator_batch_sizes = (256,)  # these too where there is one
@@ -35,7 +35,7 @@ def get_config(size="paper"):
     config.skip_seconds = 900.0
     # Workdirs whose trained weights to take; empty: random ones.
     config.workdirs = ConfigDict(
-        dict(default="", distilled="", faithful="", autoregressive="", token_level="", masked="")
+        dict(default="", undistilled="", faithful="", autoregressive="", token_level="", masked="")
     )
 
     config.training = ConfigDict()
@@ -47,8 +47,9 @@ def get_config(size="paper"):
         base.dtype = "float32"
         base.encoder.update(config_lib.MINILM)
         for stage in config_lib.TRAINED:
-            base[stage].num_layers = 6
-            base[stage].num_heads = 6
+            if stage != "distillation":
+                base[stage].num_layers = 6
+                base[stage].num_heads = 6
         config.rounds = 5
         config.max_seconds = 10.0
         config.skip_seconds = 60.0

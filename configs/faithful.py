@@ -1,8 +1,9 @@
-"""A task with the sampling of the authors' code, 200 steps of Euler-Maruyama.
+"""A task as in the paper, where the defaults are not: how texts are sampled and decoded.
 
 python -m cosmos_jax.main --config=configs/faithful.py:summarize --workdir=runs/xsum
 
-Training is the same, so a run may be sampled both ways, one after the other.
+The decompressor is as deep as the compressor, the denoiser is not distilled, and it is sampled in
+200 steps of Euler-Maruyama.
 """
 
 import importlib

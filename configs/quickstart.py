@@ -18,7 +18,7 @@ def get_config():
 
     ae = config.autoencoder
     ae.num_latents = 8
-    ae.num_layers = 1
+    ae.num_layers = ae.decompressor_layers = 1
     ae.num_heads = 6  # heads of 64, as in the paper
     # A third of the cost is the head: it leaves out the rarest tokens.
     ae.vocabulary = "corpus"
@@ -56,6 +56,16 @@ def get_config():
     df.statistics_texts = 640
     df.evaluate_every = 700
     df.checkpoint_every = 350
+
+    ds = config.distillation
+    ds.batch_size = 32
+    ds.steps = 150
+    ds.optimizer.learning_rate = 3e-4
+    ds.optimizer.final_learning_rate = 1.5e-5
+    ds.optimizer.warmup_steps = 15
+    ds.ema_decay = 0.99
+    ds.evaluate_every = 75
+    ds.checkpoint_every = 50
 
     config.generate.num_texts = 200
     config.generate.batch_size = 100

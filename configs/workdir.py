@@ -1,7 +1,7 @@
 """The config that a workdir was made with, to go on with it or change how it generates.
 
 python -m cosmos_jax.main --config=configs/workdir.py:runs/stories --workdir=runs/stories \
-    --stage=generate --config.diffusion.num_sampling_steps=50
+    --stage=generate --config.distillation.steps=0 --config.diffusion.num_sampling_steps=50
 """
 
 from pathlib import Path
@@ -15,6 +15,4 @@ def get_config(directory=""):
     recorded = workdir.read_config(Path(directory)) if directory else None
     if recorded is None:
         raise UserError(f"{directory or 'no folder given'}: no config.json; say CONFIG.py:FOLDER")
-    config = config_lib.base()
-    config.update(recorded)  # a field that an older one lacks has its default
-    return config
+    return config_lib.recorded(recorded)

@@ -22,7 +22,7 @@ from cosmos_jax.errors import UserError
 
 Entry = dict[str, Any]
 
-OURS, THEIRS = ("default", "distilled", "faithful"), ("autoregressive", "token_level", "masked")
+OURS, THEIRS = ("default", "undistilled", "faithful"), ("autoregressive", "token_level", "masked")
 
 
 def benchmark(config: ConfigDict, path: Path) -> Entry:

@@ -1,10 +1,12 @@
-"""Every field of a run's configuration, with the paper's values as defaults.
+"""Every field of a run's configuration.
 
-Files in `configs/` call `base()` and change what their task needs. `config_checks.py` refuses a
-combination that cannot work.
+Defaults are the paper's values but for what FAITHFUL sets back to them: how texts are sampled and
+decoded, which decides how fast they come. Files in `configs/` call `base()` and change what their
+task needs. `config_checks.py` refuses a combination that cannot work.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,7 +32,7 @@ MINILM = dict(
 
 
 def base() -> ConfigDict:
-    """The paper's recipe: unconditional, 128 tokens in 16 latents, BERT-base; FAITHFUL is apart."""
+    """Unconditional, 128 tokens in 16 latents, BERT-base."""
     config = ConfigDict()
     config.seed = 0
     # Type of the matrix products, "float32" or "bfloat16"; parameters stay fp32.
@@ -64,8 +66,8 @@ def base() -> ConfigDict:
     ae.num_latents = 16
     ae.num_layers = 12
     # Layers of the decompressor; 0: as many. It runs once over all tokens, at large batches most of
-    # the time of a few sampling steps, and the paper's authors later took 3.
-    ae.decompressor_layers = 0
+    # the time of a few sampling steps. The paper has as many, its authors later took 3.
+    ae.decompressor_layers = 3
     ae.num_heads = 12
     ae.dropout = 0.1
     # Deviation of the position tables at the start. With the paper's 1 they are some 5% of the
@@ -108,11 +110,6 @@ def base() -> ConfigDict:
     df.time_gains = False
     # Nor this: it learns which part of the source a text repeats, see models/pointer.py.
     df.pointer = False
-    # Above 0, the denoiser in `pretrained` is a teacher, and this one learns to go in so many steps
-    # of ddim where the teacher goes in `teacher_steps`; see configs/distill.py.
-    df.distilled_steps = 0
-    df.teacher_steps = 24
-    df.teacher_guidance = 1.0
     df.schedule_d = 5.0
     df.self_condition_rate = 0.5
     df.source_dropout_rate = 0.1  # sources hidden in training, for guidance
@@ -131,6 +128,20 @@ def base() -> ConfigDict:
     # Of a denoiser with a pointer, while sampling: below 1 it keeps to the likely parts.
     df.pointer_temperature = 1.0
     _intervals(df)
+
+    # The denoiser taught to do with a few steps, see diffusion/distillation.py. It is then the one
+    # that writes, by `sampling` below. 0 steps: none, texts are sampled as `diffusion` says.
+    ds = config.distillation = ConfigDict()
+    ds.steps = 10_000
+    ds.batch_size = 128
+    ds.num_sampling_steps = 3  # of ddim
+    ds.teacher_steps = 24  # of dpmpp_2m, in which the denoiser goes the same way
+    ds.optimizer = _optimizer(final_learning_rate=3e-6, clip_norm=1.0)
+    ds.optimizer.learning_rate = 6e-5
+    ds.ema_decay = 0.999
+    _intervals(ds)
+    ds.evaluate_every = 2_500
+    del ds.remat  # the modules are the denoiser's
 
     ar = config.autoregressive = _baseline()
     ar.dropout = 0.1
@@ -231,13 +242,14 @@ METRICS = {
     "masked": ("loss",),
     "autoencoder": ("loss", "crossentropy", "alignment", "token_accuracy", "exact_match"),
     "diffusion": ("loss", "self_conditioned_loss"),
+    "distillation": ("loss",),
 }
 
 SAMPLERS = ("euler_sde", "euler_ode", "heun", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sde")
 
-# The stages that train a system, in order.
+# The stages that train a system, in order; see `training`.
 SYSTEMS = {
-    "cosmos": ("autoencoder", "diffusion"),
+    "cosmos": ("autoencoder", "diffusion", "distillation"),
     "autoregressive": ("autoregressive",),
     "masked": ("masked",),
 }
@@ -259,8 +271,13 @@ SAMPLING = {
     "masked": ("num_sampling_steps",),
 }
 
-# How the authors' code samples.
+# Of these what a distilled denoiser has learned, so that it can be sampled in no other way.
+LEARNED = ("min_time", "time_grid", "guidance", "pointer_temperature")
+
+# The paper, where the defaults are not.
 FAITHFUL = {
+    "autoencoder.decompressor_layers": 0,
+    "distillation.steps": 0,
     "diffusion.sampler": "euler_sde",
     "diffusion.num_sampling_steps": 200,
     "diffusion.min_time": 0.05,
@@ -270,9 +287,43 @@ FAITHFUL = {
 }
 
 
+# What a run has that was begun when there were no such fields.
+_BEFORE = {"autoencoder.decompressor_layers": 0, "distillation.steps": 0}
+
+
+def recorded(content: Mapping[str, Any]) -> ConfigDict:
+    """The config that a workdir or an exported directory has recorded, an older one's filled up."""
+    config = base()
+    config.update_from_flattened_dict(_BEFORE)
+    config.update(content)
+    return config
+
+
+def training(config: ConfigDict) -> tuple[str, ...]:
+    """The stages that train a run, in order; the last one is sampled."""
+    stages = SYSTEMS[config.system]
+    return stages if config.distillation.steps else tuple(s for s in stages if s != "distillation")
+
+
 def stages(config: ConfigDict) -> tuple[str, ...]:
     """What a run goes through, in order."""
-    return (*SYSTEMS[config.system], "generate", "evaluate")
+    return (*training(config), "generate", "evaluate")
+
+
+def sampling(config: ConfigDict) -> dict[str, Any]:
+    """How texts are generated: the settings of the last stage that trains.
+
+    A distilled denoiser takes its own number of steps, and has guidance learned.
+    """
+    stage = training(config)[-1]
+    if stage != "distillation":
+        return {name: config[stage][name] for name in SAMPLING[stage]}
+    return {
+        **{name: config.diffusion[name] for name in SAMPLING["diffusion"]},
+        "sampler": "ddim",
+        "num_sampling_steps": config.distillation.num_sampling_steps,
+        "guidance": 1.0,
+    }
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

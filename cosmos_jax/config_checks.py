@@ -1,12 +1,12 @@
 """What a configuration must be to work, and to go on with what another one began."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cosmos_jax.config import METRICS, SAMPLERS, SAMPLING, SYSTEMS, TRAINED, base, flatten
+from cosmos_jax.config import METRICS, SAMPLERS, SAMPLING, SYSTEMS, TRAINED, flatten, recorded
 from cosmos_jax.errors import UserError
 
 # Fields that a run may change after it has begun: what it has trained stays usable.
@@ -47,6 +47,7 @@ def validate(config: ConfigDict) -> None:
         "data.max_source_length",
         "autoencoder.num_latents",
         "diffusion.num_sampling_steps",
+        "distillation.num_sampling_steps",
         "masked.num_sampling_steps",
         "autoregressive.num_beams",
         "generate.batch_size",
@@ -63,6 +64,7 @@ def validate(config: ConfigDict) -> None:
                 "keep_checkpoints",
             )
             for stage in TRAINED
+            if name in config[stage]
         ),
         "autoencoder.vocabulary_min_count",
         "generate.num_texts",
@@ -101,6 +103,8 @@ def validate(config: ConfigDict) -> None:
         limit = config.encoder.max_positions
         require(3 <= flat[field] <= limit, field, f"from 3 to {limit}, the encoder's")
     for stage in SYSTEMS[config.system]:
+        if stage == "distillation":
+            continue  # the same modules as the diffusion's
         width, heads = config.encoder.hidden_size, config[stage].num_heads
         require(
             heads >= 1 and width % heads == 0 and (width // heads) % 2 == 0,
@@ -119,7 +123,12 @@ def validate(config: ConfigDict) -> None:
         "autoencoder.pretrained",
         "the run whose latents config.diffusion.pretrained learned, often the same one",
     )
-    _check_distillation(config, require)
+    per_step = config.distillation.num_sampling_steps
+    require(
+        config.distillation.teacher_steps > 0 and config.distillation.teacher_steps % per_step == 0,
+        "distillation.teacher_steps",
+        f"a multiple of distillation.num_sampling_steps, {per_step}",
+    )
     require(0 < config.autoregressive.top_p <= 1, "autoregressive.top_p", "above 0, at most 1")
     require(config.autoregressive.temperature > 0, "autoregressive.temperature", "positive")
     require(config.diffusion.pointer_temperature > 0, "diffusion.pointer_temperature", "positive")
@@ -162,24 +171,6 @@ def validate(config: ConfigDict) -> None:
     require(len(rest) <= 1, f"mesh.{rest[-1]}" if rest else "mesh", "1 or more: one -1 is enough")
 
 
-def _check_distillation(config: ConfigDict, require: Callable[[bool, str, str], None]) -> None:
-    settings = config.diffusion
-    steps = settings.distilled_steps
-    require(steps >= 0, "diffusion.distilled_steps", "0 or more")
-    if config.system != "cosmos" or not steps:
-        return
-    require(
-        settings.teacher_steps > 0 and settings.teacher_steps % steps == 0,
-        "diffusion.teacher_steps",
-        f"a multiple of distilled_steps, {steps}",
-    )
-    metrics = ("", "validation_loss")
-    require(settings.best_metric in metrics, "diffusion.best_metric", "empty or validation_loss")
-    why = "of a denoiser that learned to go in those steps (config.diffusion.distilled_steps)"
-    for field, need in (("sampler", "ddim"), ("num_sampling_steps", steps), ("guidance", 1.0)):
-        require(settings[field] == need, f"diffusion.{field}", f"{need!r}, {why}")
-
-
 def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
     """The config with what the files say: the encoder's sizes and whether texts have sources.
 
@@ -196,21 +187,18 @@ def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
             "config.diffusion.pointer is True, but the texts of config.data.source have no sources "
             "to point into"
         )
-    if resolved.system == "cosmos" and df.distilled_steps and not df.pretrained:
-        raise UserError(
-            "config.diffusion.distilled_steps is not 0: name the folder of the teacher's run as "
-            "config.diffusion.pretrained, or begin with --config=configs/distill.py:FOLDER"
-        )
     return resolved
 
 
-def conflict(recorded: ConfigDict, asked: ConfigDict) -> str:
+def conflict(old: ConfigDict, asked: ConfigDict, begun: Collection[str] = TRAINED) -> str:
     """The first field that may not differ between a workdir's config and the one asked for.
 
-    Empty if there is none. A field that the workdir's does not know yet has its default there.
+    Empty if there is none. `begun` are the stages that the workdir has something of: those of the
+    others may be changed.
     """
-    old, new = {**flatten(base()), **flatten(recorded)}, flatten(asked)
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field) and not field.startswith(FREE):
-            return f"{field} is {old.get(field)!r} there and {new.get(field)!r} here"
+    free = (*FREE, *(f"{stage}." for stage in TRAINED if stage not in begun))
+    there, here = flatten(recorded(old)), flatten(asked)
+    for field in sorted(there.keys() | here.keys()):
+        if there.get(field) != here.get(field) and not field.startswith(free):
+            return f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
     return ""

@@ -141,6 +141,8 @@ def _fill_sizes(
             num_layers=_count(compressor, r"latent_layers\.(\d+)\."),
             num_heads=words.shape[1] // head_width,
         )
+        config.autoencoder.decompressor_layers = _count(first["decoder"], r"layers\.(\d+)\.")
+        config.distillation.steps = 0
         # The table has max(L, N) rows; where it has N, L is what the config says.
         positions = len(compressor["positional_emb.emb.weight"])
         if positions > config.autoencoder.num_latents:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import optimizer, sharding
 from cosmos_jax.baselines import BASELINES
 from cosmos_jax.models import cosmos
-from cosmos_jax.stages import autoencoder, diffusion
+from cosmos_jax.stages import autoencoder, diffusion, distillation
 from cosmos_jax.stages.base import Stage
 from cosmos_jax.train import init_state
 
@@ -64,10 +65,10 @@ def _cosmos(config: ConfigDict) -> _Sizes:
     model = cosmos.build(config, config.encoder.vocab_size)
     shapes = _shapes(config, model)
     parameters = {"text_encoder_frozen": _count(shapes["bert"]), **_trained(shapes)}
-    stages = [
-        autoencoder.make(config, model, {}, {}, ""),
-        diffusion.make(config, model, {}, {}, "", 0),
-    ]
+    second = diffusion.make(config, model, {}, {}, "", 0)
+    stages = [autoencoder.make(config, model, {}, {}, ""), second]
+    if config.distillation.steps:
+        stages.append(distillation.student(config, second))
     return _Sizes(parameters, _flops(config, model, shapes), shapes["bert"], stages)
 
 
@@ -193,23 +194,22 @@ def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> 
         name: _count_flops(module.apply, {"params": shapes[name]}, *inputs)
         for name, (module, inputs) in _calls(config, model).items()
     }
-    settings = config.diffusion
+    settings, student, how = config.diffusion, config.distillation, config_lib.sampling(config)
     encode = forward["compressor"] + forward["decompressor"]
     # One pass forward, two back, and the first pass of self-conditioning.
     denoise = forward["denoiser"] * (3 + settings.self_condition_rate)
     per_source = forward.get("bert_on_source", 0) + forward.get("condition_encoder", 0)
     train_source = forward.get("bert_on_source", 0) + 3 * forward.get("condition_encoder", 0)
-    evaluations = settings.num_sampling_steps * (2 if settings.sampler == "heun" else 1)
-    if model.conditional and settings.guidance != 1:
+    evaluations = how["num_sampling_steps"] * (2 if how["sampler"] == "heun" else 1)
+    if model.conditional and how["guidance"] != 1:
         evaluations *= 2
     train_denoiser = forward["bert"] + forward["compressor"] + train_source + denoise
-    if settings.distilled_steps:
-        taught = settings.teacher_steps * (1 if settings.teacher_guidance == 1 else 2)
-        train_denoiser = train_source + forward["denoiser"] * (
-            3 * settings.distilled_steps + taught
-        )
+    taught = student.teacher_steps * (2 if model.conditional and settings.guidance != 1 else 1)
+    train_student = forward["denoiser"] * (3 * student.num_sampling_steps + taught) + train_source
+    distillation = {"distillation_training_step": student.batch_size * train_student}
     return {
         "autoencoder_training_step": config.autoencoder.batch_size * (forward["bert"] + 3 * encode),
         "diffusion_training_step": settings.batch_size * train_denoiser,
+        **(distillation if student.steps else {}),
         "generated_text": per_source + evaluations * forward["denoiser"] + forward["decompressor"],
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import distributed, latents, pipeline, provenance, sharding, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.data.sources import first_texts
@@ -73,12 +74,13 @@ def evaluate(run: Run) -> None:
         if distributed.preempted():
             raise distributed.Preempted("evaluate: what is done is saved")
 
-    for name in finished.stages:
-        if name == "diffusion" and run.config.diffusion.distilled_steps:
-            continue  # its loss is the distance from a teacher, which need not be there any more
+    # Of a student no loss is of interest, and its teacher's is that of the run.
+    teacher = pipeline.undistilled(run)
+    for name in config_lib.training(teacher.config):
         if name not in state["held_out"]:
             sums = state.setdefault("sums", {"texts": 0, "totals": {}})
-            for count, totals in held_out_sums(run, finished, name, **sums):
+            of = finished if name in finished.stages else pipeline.finished(teacher)
+            for count, totals in held_out_sums(run, of, name, **sums):
                 sums.update(texts=count, totals=totals)
                 save()
             state["held_out"][name] = means(state.pop("sums")["totals"])

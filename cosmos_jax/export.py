@@ -6,7 +6,8 @@
 The directory holds what `exported.py` says, the scores of the run in `evaluation.json` and a model
 card, `README.md`; it appears whole or not at all. No data is read. With `--pth` it holds
 `autoencoder.pth` and `diffusion.pth` in the layout of the authors' PyTorch code instead, and the
-config and tokenizer with which `cosmos_jax.convert` reads them back.
+config and tokenizer with which `cosmos_jax.convert` reads them back: of a run that was distilled,
+the denoiser before that.
 """
 
 import contextlib
@@ -78,11 +79,13 @@ def export(
     license: str = "apache-2.0",
     beside: Mapping[str, Path] | None = None,
     overwrite: bool = False,
+    distilled: bool = True,
 ) -> None:
     """Makes the directory `out` of the workdir `source`.
 
     Args:
       dtype: of the parameters on the disk, of `exported.DTYPES`.
+      distilled: False: the denoiser before it was distilled, if it was.
       title, data, command, license: for the model card; by default the folder's name, what
         config.data.source names, and no command.
       beside: other systems by their titles, and the evaluations (of a run, or what
@@ -95,7 +98,7 @@ def export(
     """
     others = {name: _evaluation(path) for name, path in (beside or {}).items()}
     with _directory(out, overwrite) as partial:
-        found = read(source)
+        found = read(source, distilled=distilled)
         text_encoder = found.run.encoder
         exported.write(partial, found.run.config, found.stages, text_encoder, dtype=dtype)
         results = _results(source, found)
@@ -124,7 +127,7 @@ def export_pth(source: Path, out: Path, *, overwrite: bool = False) -> None:
       UserError: as `export`, the release has no place for something, or PyTorch is missing.
     """
     with _directory(out, overwrite) as partial:
-        found = read(source)
+        found = read(source, distilled=False)
         run, text_encoder = found.run, found.run.encoder
         pth.check(found.run.config, found.stages, text_encoder)
         second = found.finished.stages["diffusion"]
@@ -142,9 +145,9 @@ def export_pth(source: Path, out: Path, *, overwrite: bool = False) -> None:
             text_encoder.tokenizer.save_pretrained(str(partial))
 
 
-def read(source: Path) -> Trained:
+def read(source: Path, *, distilled: bool = True) -> Trained:
     """A finished run from its workdir or from an exported directory."""
-    run = pipeline.open_trained(source)
+    run = pipeline.open_trained(source, distilled=distilled)
     source = run.workdir
     with jax.set_mesh(run.mesh):
         finished = pipeline.finished(run)
@@ -185,7 +188,6 @@ def _titles(values: list[str]) -> dict[str, Path]:
 def _results(source: Path, found: Trained) -> dict[str, Any]:
     """What the run's folder has that was made with these weights, and not with others."""
     steps = {f"{name}_step": stage.step for name, stage in found.stages.items()}
-    last = config_lib.SYSTEMS[found.run.config.system][-1]
 
     def of_these(name: str) -> dict[str, Any]:
         content = workdir.read_json(source / name) or {}
@@ -204,8 +206,9 @@ def _results(source: Path, found: Trained) -> dict[str, Any]:
             logger.warning("%s is left out: it is of other samples", source / EVALUATION)
             evaluation = {}
     # As the texts were sampled, which the config need not say any longer.
-    how = generation.get("identity") or found.run.config[last].to_dict()
-    sampling = {name: how[name] for name in config_lib.SAMPLING[last] if name in how}
+    sampling = config_lib.sampling(found.run.config)
+    if identity := generation.get("identity"):
+        sampling = {name: identity[name] for name in sampling if name in identity}
     return {"evaluation": evaluation, "samples": texts, "sampling": sampling}
 
 
@@ -264,6 +267,7 @@ def define_flags() -> None:
         "beside", [], "TITLE=FILE: another system's evaluation.json, for the card's scores."
     )
     flags.DEFINE_bool("overwrite", False, "Replace an earlier export.")
+    flags.DEFINE_bool("distilled", True, "--nodistilled: the denoiser before it was distilled.")
     flags.DEFINE_bool("pth", False, "Write checkpoints in the layout of the authors' PyTorch code.")
 
 
@@ -289,6 +293,7 @@ def main(argv: list[str]) -> None:
         license=options.license,
         beside=_titles(options.beside),
         overwrite=options.overwrite,
+        distilled=options.distilled,
     )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     print(f'{out} is ready, {size:.1f} MB: cosmos_jax.load("{out}")')

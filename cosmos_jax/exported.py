@@ -194,7 +194,8 @@ def portable(config: ConfigDict) -> ConfigDict:
     config.data.source = f"{kind}{colon}{Path(path).name}"
     config.data.directory = ""
     for name in config_lib.TRAINED:
-        config[name].pretrained = ""
+        if "pretrained" in config[name]:
+            config[name].pretrained = ""
     if config.encoder.name != MINILM and os.path.isdir(config.encoder.name):
         config.encoder.name = ENCODER
     return config

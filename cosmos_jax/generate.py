@@ -147,7 +147,7 @@ def run(options: flags.FlagValues) -> None:
         with contextlib.ExitStack() as stack:
             lines = stack.enter_context(incoming.opened(options.input)) if options.input else None
             distributed.keep_compiled_programs()
-            model = cosmos_jax.load(options.model)
+            model = cosmos_jax.load(options.model, distilled=options.distilled)
             _check_model(model, options)
             logger.info("%s: %s", options.model, _about(model))
             write = stack.enter_context(writing(options.output))
@@ -200,6 +200,8 @@ def _about(model: "Model") -> str:
         about += f" for sources of up to {config.data.max_source_length}"
     if config.system == "cosmos":
         about += f", {config.autoencoder.num_latents} latents of width {config.encoder.hidden_size}"
+        how = config_lib.sampling(config)
+        about += f", {how['num_sampling_steps']} steps of {how['sampler']}"
     return about
 
 
@@ -286,6 +288,7 @@ def define_flags(to: flags.FlagValues = flags.FLAGS) -> None:
         "steps", None, "Sampling steps; default: the model's.", lower_bound=1, **own
     )
     flags.DEFINE_enum("sampler", None, config_lib.SAMPLERS, "Default: the model's.", **own)
+    flags.DEFINE_bool("distilled", True, "--nodistilled: the denoiser before that.", **own)
     flags.DEFINE_integer(
         "best_of",
         1,

@@ -35,7 +35,7 @@ from cosmos_jax.run import Run
 BATCH_SIZES = (1, 4, 16, 64)
 
 
-def load(name: str | Path, *, dtype: str | None = None) -> "Model":
+def load(name: str | Path, *, dtype: str | None = None, distilled: bool = True) -> "Model":
     """The trained model called `name`, on all devices of this process.
 
     A run that is still in training is loaded as far as it has come, with a warning.
@@ -43,13 +43,19 @@ def load(name: str | Path, *, dtype: str | None = None) -> "Model":
     Args:
       name: a workdir, an exported directory, or the hub id of one.
       dtype: of the matrix products, "float32" or "bfloat16"; None: as it was trained.
+      distilled: False: the denoiser before it was distilled, if it was, whose sampler and number of
+        steps can be chosen; an exported directory may have left it out.
 
     Raises:
       UserError: there is no such model, nothing of it is trained, or its text encoder is missing.
     """
     directory = huggingface.locate(str(name), "model")
     with _quiet():
-        return Model(pipeline.open_trained(directory, dtype=dtype or "", unfinished=True))
+        return Model(
+            pipeline.open_trained(
+                directory, dtype=dtype or "", unfinished=True, distilled=distilled
+            )
+        )
 
 
 class Model:
@@ -102,7 +108,8 @@ class Model:
           num: how many; 1 unless there are sources.
           sources: what a conditional model is given; cut to `config.data.max_source_length`.
           guidance: weight w of the source, x_0u + w (x_0c - x_0u); None: the config's.
-          steps, sampler: of sampling, see `config.diffusion`; None: the config's.
+          steps, sampler: of sampling, see `config.diffusion`; None: the config's. Like `guidance`
+            not of a distilled denoiser, see `load`.
           guide: a differentiable function that is to be large, see `guides.Guide`; give the same
             function again, not a new one like it, and nothing is compiled again.
           guide_scale: its weight.
@@ -339,6 +346,12 @@ class Model:
         asked = {name: value for name, value in changes.items() if value is not None}
         if asked and self.config.system != "cosmos":
             raise UserError(f"a model of system {self.config.system!r} has no {', '.join(asked)}")
+        if asked and self.config.distillation.steps:
+            raise UserError(
+                f"{', '.join(asked)} cannot be chosen: this denoiser was distilled to "
+                f"{self.config.distillation.num_sampling_steps} steps; load the one it learned "
+                "from with distilled=False (--nodistilled)"
+            )
         self._configured(tuple(asked.items()))
         return tuple(asked.items())
 

@@ -70,11 +70,12 @@ def render(
         license=license if re.fullmatch(r"[\w.-]+", license) else json.dumps(license),
         system=config.system,
         conditional=config.data.conditional,
+        distilled="distillation" in stages,
         facts=_facts(directory, config, stages, header),
         encoder_install=MINILM_INSTALL if config.encoder.name == MINILM else "",
         data=data or f"`{_named(config.data.source)}`",
         command=command,
-        training=[_training(config, stage, found.step) for stage, found in stages.items()],
+        training=[_training(config, *stage) for stage in _steps(stages)],
         versions=[f"{package} {number}" for package, number in header["versions"].items()],
         scores=_scores(evaluation.get("scores", {}), beside),
         beside=[_cell(title) for title in beside],
@@ -95,7 +96,7 @@ def render(
         samples=results["samples"][:NUM_SAMPLES],
         max_length=config.data.max_length,
         max_source_length=config.data.max_source_length,
-        num_sayable=len(stages[config_lib.SYSTEMS[config.system][0]].statistics["vocabulary"]),
+        num_sayable=len(stages[config_lib.training(config)[0]].statistics["vocabulary"]),
         vocab_size=config.encoder.vocab_size,
         lower_case="A" not in encoder.tokenizer.decode(encoder.tokenizer("A")["input_ids"]),
     )
@@ -150,14 +151,25 @@ def _facts(
     ]
 
 
+def _steps(stages: Mapping[str, Exported]) -> list[tuple[str, int]]:
+    """The stages that trained it and how long, a student's teacher among them."""
+    found = []
+    for name, stage in stages.items():
+        if name == "distillation":
+            found.append(("diffusion", stage.provenance["diffusion_step"]))
+        found.append((name, stage.step))
+    return found
+
+
 def _training(config: ConfigDict, stage: str, step: int) -> tuple[str, ...]:
     """A row of the table; of an autoencoder from elsewhere the config tells only whence."""
     settings = config[stage]
-    source = _named(settings.pretrained) if settings.pretrained else "random weights"
-    if stage == "autoencoder" and settings.pretrained:
+    pretrained = settings.get("pretrained")
+    source = _named(pretrained) if pretrained else "random weights"
+    if stage == "distillation":
+        source = f"the denoiser, its teacher in {settings.teacher_steps} steps"
+    if stage == "autoencoder" and pretrained:
         return stage, _count(step), "", "", "", f"taken from {source}"
-    if stage == "diffusion" and settings.distilled_steps:
-        source += f", its teacher in {settings.teacher_steps} steps"
     rates = settings.optimizer.learning_rate, settings.optimizer.final_learning_rate
     rate = f"{rates[0]:g}" if rates[0] == rates[1] else f"{rates[0]:g} to {rates[1]:g}"
     average = f"{settings.ema_decay:g}" if settings.ema_decay else "none"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import decoding, unmasking
 from cosmos_jax.stages.base import row_keys, source_of
 from cosmos_jax.systems import SEED, Model
@@ -45,7 +46,7 @@ def _normal(*shape: int) -> jax.Array:
 
 
 def _cosmos_parts(found: Model, keys_B: jax.Array, source: Any) -> list[Part]:
-    model, settings = found.model, found.config.diffusion
+    model, settings = found.model, config_lib.sampling(found.config)
     weights = model.for_sampling(found.weights)
     num_texts = num_passes = len(keys_B)
     latents = (found.config.autoencoder.num_latents, found.config.encoder.hidden_size)
@@ -60,7 +61,7 @@ def _cosmos_parts(found: Model, keys_B: jax.Array, source: Any) -> list[Part]:
 
         several.append(Part("source", 1, read_source, weights, source))
         condition = jax.jit(read_source)(weights, source)
-        if settings.guidance != 1:  # once with the source and once without it
+        if settings["guidance"] != 1:  # once with the source and once without it
             num_passes = 2 * num_texts
             condition = jax.tree.map(lambda a: jnp.concatenate([a, a]), condition)
 
@@ -69,7 +70,7 @@ def _cosmos_parts(found: Model, keys_B: jax.Array, source: Any) -> list[Part]:
         return model.denoise(weights, x, t, x, *condition)
 
     # Heun's method asks twice.
-    calls = settings.num_sampling_steps * (2 if settings.sampler == "heun" else 1)
+    calls = settings["num_sampling_steps"] * (2 if settings["sampler"] == "heun" else 1)
     constants = (weights, jnp.full(num_passes, 0.5), condition)
     return [
         *several,

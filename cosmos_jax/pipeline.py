@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from cosmos_jax import config as config_lib
 from cosmos_jax import (
     config_checks,
@@ -35,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finished:
-    """All stages of a run's system, trained.
+    """What a run has trained to write with.
 
     Attributes:
       model: `Cosmos`, or that of a baseline.
-      stages: by name.
-      weights: all that `model` takes, the parameters of all stages included.
+      stages: by name, those that the parameters in `weights` are of.
+      weights: all that `model` takes.
       identity: what these weights are: the data, and the step of each stage.
     """
 
@@ -50,12 +52,15 @@ class Finished:
     identity: dict[str, Any]
 
 
-def open_trained(directory: Path, *, dtype: str = "", unfinished: bool = False) -> Run:
+def open_trained(
+    directory: Path, *, dtype: str = "", unfinished: bool = False, distilled: bool = True
+) -> Run:
     """A run that is only to be used, from its workdir or an exported directory: without its data.
 
     Args:
       dtype: of the matrix products; "": as it was trained.
       unfinished: be content with the steps that its stages have.
+      distilled: False: the denoiser before it was distilled, if it was.
 
     Raises:
       UserError: there is no such run, or its text encoder cannot be read.
@@ -64,12 +69,16 @@ def open_trained(directory: Path, *, dtype: str = "", unfinished: bool = False) 
     recorded = workdir.read_config(directory)
     if recorded is None or "encoder" not in recorded:
         raise UserError(f"{directory}: is neither a workdir nor an exported model of cosmos-jax")
-    config = config_lib.base()
-    config.update(recorded)  # a field that an older one lacks has its default
+    config = config_lib.recorded(recorded)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.dtype = dtype or config.dtype
-    for name in config_lib.SYSTEMS[config.system] if unfinished else ():
+    if not distilled:
+        config.distillation.steps = 0
+    for name in config_lib.training(config) if unfinished else ():
         step = trained.newest_step(directory / name)
+        if step is None and name == "distillation":
+            logger.warning("%s: is not distilled yet", directory)
+            config.distillation.steps = 0
         if step is not None and step < config[name].steps:
             logger.warning("%s: %s is at step %d of %d", directory, name, step, config[name].steps)
             config[name].steps = step
@@ -126,11 +135,13 @@ def _trained_autoencoder(run: Run) -> tuple[Cosmos, Stage, int, Weights]:
 
 
 def diffusion_stage(run: Run) -> Finished:
-    """Both stages, with the weights of stage one, which must be finished."""
+    """Stages one and two, with the weights of stage one, which must be finished."""
     model, first, step, weights = _trained_autoencoder(run)
     if model.conditional:
         weights |= trained.no_source(run, model, weights)
     statistics = trained.statistics(run.workdir / "diffusion")
+    if statistics is None and run.config.distillation.steps:  # an export leaves stage two out
+        statistics = trained.statistics(run.workdir / "distillation")
     begins = statistics is None and bool(pretrained.directory(run, "diffusion"))
     if begins:
         statistics = pretrained.statistics(run, "diffusion")
@@ -145,14 +156,15 @@ def diffusion_stage(run: Run) -> Finished:
     return Finished(model, {"autoencoder": first, "diffusion": second}, weights, second.provenance)
 
 
-def _diffusion_stage_to_train(run: Run) -> Stage:
-    """Stage two; with a teacher, its weights are in memory too."""
+def distillation_stage(run: Run) -> Stage:
+    """Stage three, with the weights of stage two, its teacher, which must be finished."""
+    directory = run.workdir / "diffusion"
+    _require_finished(run, "diffusion", directory)
     found = diffusion_stage(run)
     stage = found.stages["diffusion"]
-    if not run.config.diffusion.distilled_steps:
-        return stage
-    teacher_step, teacher = pretrained.parameters(run, stage)
-    return distillation.make(run.config, found.model, stage, teacher, teacher_step)
+    step, teacher = _parameters(run, stage, directory)
+    _require_same_autoencoder(run, stage, trained.provenance(directory, step))
+    return distillation.make(run.config, found.model, stage, teacher, step)
 
 
 def baseline_stage(run: Run) -> tuple[Any, Stage]:
@@ -178,20 +190,35 @@ def baseline_stage(run: Run) -> tuple[Any, Stage]:
 
 
 def finished(run: Run) -> Finished:
-    """All stages of the run's system with their weights; UserError if one is not finished."""
+    """The autoencoder and the denoiser that writes, or a baseline; UserError if not finished."""
     if run.config.system in BASELINES:
         return _finished_baseline(run)
-    directory = run.workdir / "diffusion"
+    name = config_lib.training(run.config)[-1]
+    directory = run.workdir / name
     _require_finished(run, "autoencoder", autoencoder_directory(run))
-    _require_finished(run, "diffusion", directory)
+    _require_finished(run, name, directory)
     half = diffusion_stage(run)
-    step, params = _parameters(run, half.stages["diffusion"], directory)
-    _require_same_autoencoder(run, half.stages["diffusion"], step)
-    return dataclasses.replace(
-        half,
-        weights={**half.weights, **params},
-        identity={**half.identity, "diffusion_step": step},
+    stage = half.stages["diffusion"]
+    if name == "distillation":
+        stage = distillation.student(run.config, stage)
+    step, params = _parameters(run, stage, directory)
+    recorded = trained.provenance(directory, step)
+    _require_same_autoencoder(run, stage, recorded)
+    if name == "distillation":
+        _require_as_learned(run, recorded)
+    return Finished(
+        half.model,
+        {"autoencoder": half.stages["autoencoder"], name: stage},
+        {**half.weights, **params},
+        {**recorded, **stage.provenance, f"{name}_step": step},
     )
+
+
+def undistilled(run: Run) -> Run:
+    """The same run with the denoiser of stage two."""
+    config = ConfigDict(run.config.to_dict())
+    config.distillation.steps = 0
+    return dataclasses.replace(run, config=config)
 
 
 def _finished_baseline(run: Run) -> Finished:
@@ -221,7 +248,9 @@ def train_stage(run: Run, name: str) -> None:
     if name == "autoencoder":
         _, stage = autoencoder_stage(run)
     elif name == "diffusion":
-        stage = _diffusion_stage_to_train(run)
+        stage = diffusion_stage(run).stages["diffusion"]
+    elif name == "distillation":
+        stage = distillation_stage(run)
     else:
         _, stage = baseline_stage(run)
     step = trained.newest_step(run.workdir / name)
@@ -229,15 +258,18 @@ def train_stage(run: Run, name: str) -> None:
         # Only if that checkpoint can be read; otherwise its steps are trained again.
         step, _ = trained.parameters(stage, run, run.workdir / name, newest=True)
         if step >= settings.steps:
-            if name == "diffusion":
-                _require_same_autoencoder(run, stage, step)
+            if name in ("diffusion", "distillation"):
+                recorded = trained.provenance(run.workdir / name, step)
+                _require_same_autoencoder(run, stage, recorded)
             _free_cache(run, name)
             logger.info("%s: finished, %d steps", name, step)
             return
     tokens = run.training_batches(settings.batch_size, name)
     load: Callable[[int], Batch] = tokens
-    if run.config.data.cache_features and settings.steps:
-        before = "autoencoder" if name == "diffusion" else ""
+    # Without sources a student reads no features.
+    featureless = name == "distillation" and not run.config.data.conditional
+    if run.config.data.cache_features and settings.steps and not featureless:
+        before = {"diffusion": "autoencoder", "distillation": "diffusion"}.get(name, "")
         load = feature_cache.training_batches(stage, run, before)
     held_out = run.ordered_batches(
         run.dataset.valid, run.config.evaluate.batch_size, run.config.evaluate.num_texts
@@ -249,7 +281,7 @@ def train_stage(run: Run, name: str) -> None:
 
 def _free_cache(run: Run, name: str) -> None:
     """Once the last stage is trained no one asks for features any more."""
-    if name == config_lib.SYSTEMS[run.config.system][-1]:
+    if name == config_lib.training(run.config)[-1]:
         feature_cache.remove(run)
 
 
@@ -270,16 +302,30 @@ def _elsewhere(run: Run, directory: Path) -> bool:
     return directory.parent != run.workdir or trained.is_exported(directory)
 
 
-def _require_same_autoencoder(run: Run, stage: Stage, step: int) -> None:
-    """UserError if the diffusion learned the latents of another step of the autoencoder."""
-    directory, now = run.workdir / "diffusion", stage.provenance["autoencoder_step"]
-    learned = trained.provenance(directory, step).get("autoencoder_step")
+def _require_same_autoencoder(run: Run, stage: Stage, recorded: dict[str, Any]) -> None:
+    """UserError if a denoiser learned the latents of another step of the autoencoder."""
+    directory, now = run.workdir / stage.name, stage.provenance["autoencoder_step"]
+    learned = recorded.get("autoencoder_step")
     if learned not in (None, now):  # a converted checkpoint records none
         raise UserError(
             f"{directory} learned the latents of the autoencoder at step {learned}, but "
             f"{autoencoder_directory(run)} gives those of step {now}: give it that step back, or "
             f"delete {directory} to train it again"
         )
+
+
+def _require_as_learned(run: Run, recorded: dict[str, Any]) -> None:
+    """UserError if a student is to be sampled in another way than it learned."""
+    for name, value in distillation.learned(run.config).items():
+        if recorded.get(name) != value:
+            field = f"diffusion.{name.removeprefix('teacher_')}"
+            if name in run.config.distillation:
+                field = f"distillation.{name}"
+            raise UserError(
+                f"config.{field} is {value!r}, but {run.workdir / 'distillation'} learned with "
+                f"{recorded.get(name)!r}: give that value, delete the folder to distil again, or "
+                "sample its teacher by --config.distillation.steps=0"
+            )
 
 
 def _require_finished(run: Run, name: str, directory: Path) -> None:
@@ -289,6 +335,8 @@ def _require_finished(run: Run, name: str, directory: Path) -> None:
     if trained.is_exported(directory):
         return  # only what is finished is exported
     step = trained.newest_step(directory)
+    if step is None and distributed.on_first(lambda: exported.is_exported(directory.parent)):
+        raise UserError(f"{directory.parent}: this export has its denoiser distilled only")
     if step is None:
         raise UserError(
             f"{directory} holds no checkpoint: run --stage={name} first (or --stage=all)"

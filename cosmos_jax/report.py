@@ -118,7 +118,8 @@ def _read(workdir: Path, notes: list[str]) -> Entry:
 
 def _stages(config: Entry) -> tuple[str, ...]:
     """Those that train; a run from before there were other systems names none."""
-    return config_lib.SYSTEMS[config.get("system", "cosmos")]
+    stages = config_lib.SYSTEMS[config.get("system", "cosmos")]
+    return tuple(s for s in stages if s != "distillation" or config.get("distillation.steps"))
 
 
 def _object(path: Path, notes: list[str]) -> Entry:
@@ -199,7 +200,7 @@ def _differing(config: Entry) -> list[tuple[str, str, str]]:
 
     Without those of stages that the run does not have.
     """
-    base = config_lib.flatten(config_lib.base())
+    base = {**config_lib.flatten(config_lib.base()), **config_lib.FAITHFUL}
     others = tuple(f"{s}." for s in config_lib.TRAINED if s not in _stages(config))
     return [
         (name, str(value), str(base[name]))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from cosmos_jax import config as config_lib
 from cosmos_jax import metrics, workdir
 from cosmos_jax.data import tokens
 from cosmos_jax.run import Run
@@ -18,6 +19,7 @@ FIGURES = (
     ("autoencoder", "loss", "autoencoder validation loss"),
     ("diffusion", "loss", "diffusion validation loss"),
     ("diffusion", "self_conditioned_loss", "  with self-conditioning"),
+    ("distillation", "loss", "distance from the steps of the teacher"),
     ("autoregressive", "loss", "validation loss, nats per token"),
     ("autoregressive", "token_accuracy", "next tokens guessed, held-out"),
     ("masked", "loss", "validation loss, bound in nats per token"),
@@ -53,10 +55,12 @@ def _summary(run: Run) -> str:
         )
     else:
         trained = f"from {ae.pretrained}" if ae.pretrained else f"trained for {ae.steps:,} steps"
-        teacher = f" by that from {df.pretrained}" if df.distilled_steps else ""
+        how, student = config_lib.sampling(config), config.distillation.steps
+        distilled = f" and distilled for {student:,}" if student else ""
         made = (
             f"an autoencoder to {ae.num_latents} latents, {trained},\nand a denoiser trained for "
-            f"{df.steps:,} steps{teacher}, sampled in {df.num_sampling_steps} ({df.sampler})"
+            f"{df.steps:,} steps{distilled}, sampled in {how['num_sampling_steps']} "
+            f"({how['sampler']})"
         )
     return f"{texts}: {made}. Everything is in\n{run.workdir}"
 

@@ -34,8 +34,7 @@ def generate(run: Run) -> None:
     if model.conditional and num_texts > len(run.dataset.test):
         num_texts = len(run.dataset.test)
         logger.info("generate: one text for each of the %d test sources", num_texts)
-    last = config_lib.SYSTEMS[run.config.system][-1]
-    how = {name: run.config[last][name] for name in config_lib.SAMPLING[last]}
+    how = config_lib.sampling(run.config)
     identity = {**finished.identity, **how}
     batch_size = run.even_batch_size(min(settings.batch_size, num_texts))
     done = distributed.on_first(lambda: _resume(run.workdir, identity, num_texts, batch_size))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cosmos_jax import config as config_lib
 from cosmos_jax.diffusion import process, samplers
 from cosmos_jax.diffusion.loss import Denoise
 from cosmos_jax.diffusion.schedule import TanSchedule
@@ -63,9 +64,9 @@ def make_sampler(config: ConfigDict, model: Cosmos) -> Callable[..., Any]:
       refine: a `Refine`; None: estimates stay as they are.
       trace: also return the estimate of x_0 in each step, [steps, B, N, D].
     """
-    settings = config.diffusion
+    settings = ConfigDict(config_lib.sampling(config))
     model = model.at_pointer_temperature(settings.pointer_temperature)
-    schedule = TanSchedule(settings.schedule_d)
+    schedule = TanSchedule(config.diffusion.schedule_d)
     make_times = samplers.TIME_GRIDS[settings.time_grid]
     rescale = process.RESCALE[settings.rescale]
     shape = (config.autoencoder.num_latents, config.encoder.hidden_size)

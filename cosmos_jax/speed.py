@@ -172,7 +172,7 @@ def _prepare(
 
 def _program(config: ConfigDict, model: Model | Eager, batch_size: int, mesh: Mesh) -> Program:
     """A system compiled; UserError if its parts say that it would take too long."""
-    known: Entry = {"weights": model.origin, "sampling": systems.sampling(model.config)}
+    known: Entry = {"weights": model.origin, "sampling": config_lib.sampling(model.config)}
     if isinstance(model, Eager):
         length = model.config.data.max_length
         model.generate(batch_size, 2)

@@ -44,6 +44,7 @@ def configs(base: ConfigDict, samplers: str, steps: Sequence[int]) -> list[Confi
     for sampler in samplers.split(","):
         for num_steps in steps:
             config = ConfigDict(base.to_dict())
+            config.distillation.steps = 0  # it is the denoiser that can take other steps
             config.diffusion.sampler = sampler.strip()
             config.diffusion.num_sampling_steps = num_steps
             config_checks.validate(config)
@@ -54,13 +55,15 @@ def configs(base: ConfigDict, samplers: str, steps: Sequence[int]) -> list[Confi
 def measure(run: Run, samplers: str, steps: Sequence[int]) -> list[Row]:
     """A row for each: how it was sampled, the seconds a text took, and the scores by name.
 
+    It is the denoiser that is sampled, also where it was distilled.
+
     Raises:
       UserError: the run is not trained, or another process uses its folder.
       distributed.Preempted: SIGTERM came; the rows that were finished are saved.
     """
     asked = configs(run.config, samplers, steps)
     with workdir.locked(run.workdir):
-        finished = pipeline.finished(run)
+        finished = pipeline.finished(pipeline.undistilled(run))
         scorer = Scorer(run, finished)
         path, common = run.workdir / "steps.json", _identity(run, finished)
         recorded = workdir.read_json(path) or []

@@ -32,7 +32,7 @@ from cosmos_jax.data.batches import Batch
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import cosmos
 from cosmos_jax.models.cosmos import inverse_vocabulary
-from cosmos_jax.stages import autoencoder, diffusion
+from cosmos_jax.stages import autoencoder, diffusion, distillation
 from cosmos_jax.stages.base import Stage
 
 EAGER = "torch_autoregressive"  # GPT-2 in PyTorch
@@ -40,12 +40,7 @@ EAGER = "torch_autoregressive"  # GPT-2 in PyTorch
 # What each system changes in the common config. Of "token_level" `num_latents` follows.
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {"system": "cosmos", "autoencoder.compress": True},
-    "distilled": {
-        "system": "cosmos",
-        "autoencoder.compress": True,
-        "diffusion.sampler": "ddim",
-        "diffusion.num_sampling_steps": 4,
-    },
+    "undistilled": {"system": "cosmos", "autoencoder.compress": True, "distillation.steps": 0},
     "faithful": {"system": "cosmos", "autoencoder.compress": True, **config_lib.FAITHFUL},
     "autoregressive": {"system": "autoregressive"},
     "token_level": {"system": "cosmos", "autoencoder.compress": False},
@@ -93,12 +88,6 @@ class Eager:
     origin: str = "random"
 
 
-def sampling(config: ConfigDict) -> dict[str, Any]:
-    """How a system generates: the settings of its last stage."""
-    stage = config_lib.SYSTEMS[config.system][-1]
-    return {name: config[stage][name] for name in config_lib.SAMPLING[stage]}
-
-
 def open_systems(config: ConfigDict, mesh: Mesh) -> dict[str, Model | Eager | UserError]:
     """The systems of a benchmark's config by name, with why where one cannot be had."""
     shared: dict[Any, Model] = {}
@@ -118,7 +107,8 @@ def open_systems(config: ConfigDict, mesh: Mesh) -> dict[str, Model | Eager | Us
                 found[name] = reason
             continue
         # The same weights where only the sampling differs.
-        kind = (of_system.system, of_system.autoencoder.compress)
+        ae = of_system.autoencoder
+        kind = (of_system.system, ae.compress, ae.decompressor_layers)
         if kind not in shared:
             shared[kind] = random(of_system, tokenizer, mesh)
         found[name] = dataclasses.replace(shared[kind], config=of_system)
@@ -204,6 +194,9 @@ def random(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> Model:
             no_source_mask=np.arange(source) < 2,
         )
         stages["diffusion"] = add_stage(diffusion.make, 0)
+        parts = [name for name in ("denoiser", "condition_encoder") if name in weights]
+        teacher = {name: weights[name] for name in parts}
+        stages["distillation"] = distillation.make(config, model, stages["diffusion"], teacher, 0)
     return Model(
         "random",
         config,
@@ -259,9 +252,8 @@ def trained(name: str, directory: Path, base: ConfigDict) -> Model:
     recorded = workdir.read_config(directory)
     if recorded is None:
         raise UserError(f"config.workdirs.{name}: {directory} holds no config.json")
-    config = config_lib.base()
-    config.update_from_flattened_dict(config_lib.flatten(recorded))
-    for field in ("system", "autoencoder.compress"):
+    config = config_lib.recorded(recorded)
+    for field in ("system", "autoencoder.compress", "autoencoder.decompressor_layers"):
         wanted = CHANGES[name].get(field, config_lib.flatten(config)[field])
         found = config_lib.flatten(config)[field]
         if found != wanted:
@@ -270,7 +262,8 @@ def trained(name: str, directory: Path, base: ConfigDict) -> Model:
             )
     for stage, fields in config_lib.SAMPLING.items():
         for field in fields:
-            config[stage][field] = base[stage][field]
+            if not (config.distillation.steps and field in config_lib.LEARNED):
+                config[stage][field] = base[stage][field]
     run = runner.open_run(config_of(name, config), directory)
     finished = pipeline.finished(run)
 

@@ -11,7 +11,7 @@ from cosmos_jax import config_checks
 from cosmos_jax.errors import UserError
 
 FIELDS = config_lib.flatten(config_lib.base())
-STAGES = ("autoencoder", "diffusion", "autoregressive", "masked")
+STAGES = ("autoencoder", "diffusion", "distillation", "autoregressive", "masked")
 
 
 def changed(**fields):
@@ -96,6 +96,11 @@ BAD = [
     *((f"{stage}.num_heads", 256) for stage in STAGES),  # heads of width 3 cannot rotate
     ("system", "diffusion"),
     ("autoencoder.decompressor_layers", -1),
+    ("distillation.steps", -1),
+    ("distillation.num_sampling_steps", 0),
+    ("distillation.teacher_steps", 25),
+    ("distillation.teacher_steps", 0),
+    ("distillation.best_metric", "validation_self_conditioned_loss"),
     ("diffusion.condition_layers", -1),
     ("autoencoder.compress", False),  # 16 latents for 128 tokens
     *(("diffusion.pointer_temperature", value) for value in (0.0, -1.0)),

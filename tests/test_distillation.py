@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny as tiny_lib
 
-from configs import distill
-from cosmos_jax import config_checks, pipeline, trained
+import cosmos_jax
+from cosmos_jax import pipeline, trained
 from cosmos_jax.checkpoint import Checkpoints
 from cosmos_jax.describe import describe
 from cosmos_jax.diffusion import samplers
@@ -135,20 +135,23 @@ def test_gradients_are_those_of_each_step_by_itself():
 
 # The stage
 
+TO_THE_END = {"diffusion__min_time": 0.05}
 
-def distilled(tiny, source, data=None, **fields):
-    names = {"autoencoder__pretrained": str(source), "diffusion__pretrained": str(source)}
-    own = {
-        "diffusion__distilled_steps": 2,
-        "diffusion__teacher_steps": 8,
-        "diffusion__num_sampling_steps": 2,
-        "diffusion__sampler": "ddim",
-        "diffusion__guidance": 1.0,
-        "diffusion__ema_decay": 0.5,
-        "diffusion__optimizer__learning_rate": 1e-3,
-        "diffusion__optimizer__final_learning_rate": 1e-3,
-    }
-    return tiny.config(data, **{**names, **own, **fields})
+
+@pytest.fixture(scope="module")
+def distilled(tiny, finished, tmp_path_factory):
+    """The workdir of `finished` after all three stages."""
+    workdir = shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "distilled")
+    run_stages(tiny.config(distillation__steps=80, **TO_THE_END), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def taught_by(tiny, finished, tmp_path_factory):
+    """The same without the student."""
+    workdir = shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "taught_by")
+    run_stages(tiny.config(**TO_THE_END), workdir, "generate")
+    return workdir
 
 
 def latents(config, workdir, sampler, steps):
@@ -156,7 +159,8 @@ def latents(config, workdir, sampler, steps):
     run = open_run(config, workdir)
     finished = pipeline.finished(run)
     shape = (40, run.config.autoencoder.num_latents, run.config.encoder.hidden_size)
-    x_T, times = jax.random.normal(jax.random.key(3), shape), jnp.linspace(1, 0.05, steps + 1)
+    x_T = jax.random.normal(jax.random.key(3), shape)
+    times = jnp.linspace(1, config.diffusion.min_time, steps + 1)
 
     @jax.jit
     def go(weights):
@@ -168,57 +172,144 @@ def latents(config, workdir, sampler, steps):
     return np.asarray(go(finished.weights))
 
 
-def test_two_steps_of_the_student_end_where_those_of_the_teacher_do(tiny, finished, tmp_path):
-    config = distilled(tiny, finished, diffusion__steps=80, diffusion__min_time=0.05)
-    run_stages(config, tmp_path / "run", "diffusion")
-    learned = latents(config, tmp_path / "run", "ddim", 2)
-    few, goal = (latents(tiny.config(), finished, *how) for how in (("ddim", 2), ("dpmpp_2m", 64)))
+def test_two_steps_of_the_student_end_where_those_of_the_teacher_do(tiny, distilled):
+    student, teacher = (tiny.config(distillation__steps=n, **TO_THE_END) for n in (80, 0))
+    learned = latents(student, distilled, "ddim", 2)
+    few, goal = (latents(teacher, distilled, *how) for how in (("ddim", 2), ("dpmpp_2m", 64)))
     distances = [np.sqrt(np.mean((found - goal) ** 2)) for found in (learned, few)]
     assert distances[0] < 0.6 * distances[1], distances
 
     losses = [
         entry["validation_loss"]
-        for entry in tiny_lib.read_rows(tmp_path / "run" / "metrics.jsonl")
-        if "validation_loss" in entry
+        for entry in tiny_lib.read_rows(distilled / "metrics.jsonl")
+        if "validation_loss" in entry and entry["stage"] == "distillation"
     ]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, finished, tmp_path):
-    teacher = shutil.copytree(finished, tmp_path / "teacher")
-    config = distilled(tiny, teacher, diffusion__steps=6)
-    run_stages(config, tmp_path / "whole", "diffusion")
-    run_stages(distilled(tiny, teacher, diffusion__steps=4), tmp_path / "parts", "diffusion")
-    run_stages(config, tmp_path / "parts", "diffusion")
-    whole, parts = (_parameters(tmp_path / name) for name in ("whole", "parts"))
-    tiny_lib.assert_trees_equal(whole, parts)
+def test_it_is_what_writes(tiny, distilled, finished):
+    """With the student's own steps, whatever those of its teacher are; and is scored as it."""
+    samples = tiny_lib.read_rows(distilled / "samples.jsonl")
+    model = cosmos_jax.load(distilled)
+    assert [sample["text"] for sample in samples] == model.generate(len(samples))
+    identity = json.loads((distilled / "generation.json").read_text())["identity"]
+    assert (identity["sampler"], identity["num_sampling_steps"]) == ("ddim", 2)
+    assert (identity["diffusion_step"], identity["distillation_step"]) == (30, 80)
+    # Losses are those of the stages before it, as without it.
+    scored, alone = (
+        json.loads((workdir / "evaluation.json").read_text())["held_out"]
+        for workdir in (distilled, finished)
+    )
+    assert scored == alone
 
-    # As it is, it is used without its teacher.
-    moved = teacher.rename(tmp_path / "moved")
-    run = open_run(config, tmp_path / "whole")
-    run.config.autoencoder.pretrained = str(moved)
-    assert pipeline.finished(run).identity["diffusion_step"] == 6
-    moved.rename(teacher)
-    run_stages(tiny.config(diffusion__steps=31), teacher, "diffusion")
-    with pytest.raises(UserError, match="was trained with teacher_step 30, but here it is 31"):
-        run_stages(distilled(tiny, teacher, diffusion__steps=8), tmp_path / "whole", "diffusion")
+
+def test_its_teacher_can_be_had(tiny, distilled, taught_by, tmp_path):
+    teacher = cosmos_jax.load(distilled, distilled=False)
+    same = cosmos_jax.load(taught_by)
+    assert teacher.generate(4) == same.generate(4)
+    assert teacher.generate(4, steps=5) == same.generate(4, steps=5)
+    with pytest.raises(
+        UserError, match=r"num_sampling_steps cannot be chosen: .* to 2 steps; load"
+    ):
+        cosmos_jax.load(distilled).generate(4, steps=5)
+
+    export(distilled, tmp_path / "student")
+    assert cosmos_jax.load(tmp_path / "student").generate(4) == cosmos_jax.load(distilled).generate(
+        4
+    )
+    with pytest.raises(UserError, match="student: this export has its denoiser distilled only"):
+        cosmos_jax.load(tmp_path / "student", distilled=False)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "| distillation | 80 | 8 | 0.001 | 0.5 | the denoiser, its teacher in 8 steps |" in card
+    assert "| diffusion | 30 |" in card
+
+    export(distilled, tmp_path / "teacher", distilled=False)
+    assert cosmos_jax.load(tmp_path / "teacher").generate(4) == teacher.generate(4)
+
+
+def test_a_run_is_used_before_it_is_distilled(tiny, finished, caplog, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = tiny.config(distillation__steps=4)
+    with pytest.raises(UserError, match="distillation holds no checkpoint: run --stage=distil"):
+        run_stages(config, workdir, "generate")
+    model = cosmos_jax.load(workdir)
+    assert "is not distilled yet" in caplog.text
+    assert model.generate(3) == cosmos_jax.load(finished).generate(3)
+
+
+def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, finished, tmp_path):
+    whole, parts = (shutil.copytree(finished, tmp_path / name) for name in ("whole", "parts"))
+    config = tiny.config(distillation__steps=6)
+    run_stages(config, whole, "distillation")
+    run_stages(tiny.config(distillation__steps=4), parts, "distillation")
+    run_stages(config, parts, "distillation")
+    tiny_lib.assert_trees_equal(*(_parameters(workdir) for workdir in (whole, parts)))
+
+    # As it is, it is used whatever becomes of its teacher.
+    more = {"diffusion__steps": 31}
+    run_stages(tiny.config(distillation__steps=6, **more), whole, "diffusion")
+    run_stages(tiny.config(distillation__steps=6, **more), whole, "generate")
+    with pytest.raises(UserError, match="was trained with diffusion_step 30, but here it is 31"):
+        run_stages(tiny.config(distillation__steps=8, **more), whole, "distillation")
+    with pytest.raises(UserError, match=r"distillation\.num_sampling_steps is 2 there and 4 here"):
+        run_stages(
+            tiny.config(distillation__steps=8, distillation__num_sampling_steps=4),
+            parts,
+            "distillation",
+        )
 
 
 def _parameters(workdir):
-    with Checkpoints(workdir / "diffusion", read_only=True) as checkpoints:
+    with Checkpoints(workdir / "distillation", read_only=True) as checkpoints:
         step, items, _ = checkpoints.newest({"params": None, "ema": None})
     return step, items
 
 
-def test_a_guided_teacher_is_asked_with_and_without_the_source(tiny, finished_pairs, tmp_path):
-    fields = {
-        f"diffusion__{name}": value
-        for name, value in tiny.pairs_config().diffusion.items()
-        if name in ("latent_positions", "time_gains", "pointer")
-    }
-    fields |= {"diffusion__teacher_guidance": 3.0, "diffusion__steps": 2}
-    config = distilled(tiny, finished_pairs, tiny.pairs, **fields)
-    run = open_run(config, tmp_path / "run")
+def test_it_is_sampled_as_it_learned(tiny, distilled):
+    asked = tiny.config(distillation__steps=80, diffusion__min_time=0.3)
+    message = (
+        r"config\.diffusion\.min_time is 0\.3, but .*distillation learned with 0\.05: give that"
+    )
+    with pytest.raises(UserError, match=message):
+        pipeline.finished(open_run(asked, distilled))
+    asked = tiny.config(distillation__steps=80, distillation__num_sampling_steps=4, **TO_THE_END)
+    message = r"config\.distillation\.num_sampling_steps is 4, but .* learned with 2"
+    with pytest.raises(UserError, match=message):
+        pipeline.finished(open_run(asked, distilled))
+
+
+def test_what_was_not_begun_may_be_changed(tiny, finished, tmp_path):
+    """A run of before there was this stage is distilled, in whatever way."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    recorded = json.loads((workdir / "config.json").read_text())
+    del recorded["distillation"]
+    (workdir / "config.json").write_text(json.dumps(recorded))
+    assert cosmos_jax.load(workdir).generate(2) == cosmos_jax.load(finished).generate(2)
+    fields = {"distillation__num_sampling_steps": 4, "distillation__batch_size": 4}
+    run_stages(tiny.config(distillation__steps=2, **fields), workdir, "distillation")
+    with pytest.raises(UserError, match=r"distillation\.batch_size is 4 there and 8 here"):
+        run_stages(tiny.config(distillation__steps=2), workdir, "distillation")
+
+
+def test_with_features_from_the_cache(tiny, finished_pairs, tmp_path):
+    """Those of the denoiser, where there are sources; the same as computed anew."""
+    found = []
+    for cached in (False, True):
+        config = tiny.pairs_config(distillation__steps=3, data__cache_features=cached)
+        workdir = shutil.copytree(finished_pairs, tmp_path / str(cached))
+        recorded = json.loads((workdir / "config.json").read_text())
+        recorded["data"]["cache_features"] = cached
+        (workdir / "config.json").write_text(json.dumps(recorded))
+        run_stages(config, workdir, "distillation")
+        assert not (workdir / "cache").exists()
+        found.append(_parameters(workdir)[1]["params"])
+    # In the cache they are fp16.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *found)
+
+
+def test_a_guided_teacher_is_asked_with_and_without_the_source(tiny, finished_pairs):
+    config = tiny.pairs_config(diffusion__guidance=3.0)
+    run = open_run(config, finished_pairs)
     found = pipeline.diffusion_stage(run)
     model, diffusion = found.model, found.stages["diffusion"]
     step, params = trained.parameters(diffusion, run, finished_pairs / "diffusion")
@@ -247,54 +338,16 @@ def test_a_guided_teacher_is_asked_with_and_without_the_source(tiny, finished_pa
         lambda *inputs: estimate(*inputs, states, mask), guided, SCHEDULE, x_T, times, 4
     )
     np.testing.assert_allclose(loss / weight, jnp.mean(error_B), rtol=1e-4)
-    run.config.diffusion.teacher_guidance = 1.0
+    run.config.diffusion.guidance = 1.0
     unguided = distillation.make(run.config, model, diffusion, params, step)
     assert unguided.losses(params, stage.frozen, batch, key)["loss"][0] < loss
 
 
-def test_the_config_of_a_finished_run(tiny, finished, tmp_path):
-    """configs/distill.py, from the first command to an exported model that needs no teacher."""
-    config = distill.get_config(str(finished))
-    config_checks.validate(config)
-    assert config.diffusion.num_sampling_steps == config.diffusion.distilled_steps == 4
-    config.diffusion.steps = 2
-    run_stages(config, tmp_path / "run")
-    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert set(evaluation["held_out"]) == {"autoencoder"}
-    export(tmp_path / "run", tmp_path / "exported")
-    card = (tmp_path / "exported" / "README.md").read_text()
-    assert f"| {finished.name}, its teacher in 24 steps |" in card
-    run = pipeline.open_trained(tmp_path / "exported")
-    assert run.config.diffusion.pretrained == ""
-    assert pipeline.finished(run).identity["diffusion_step"] == 2
-    with pytest.raises(UserError, match="exported: is already distilled; name the run of a"):
-        distill.get_config(str(tmp_path / "exported"))
-    with pytest.raises(UserError, match=r"nothing: no config\.json"):
-        distill.get_config(str(tmp_path / "nothing"))
-
-
-def test_what_a_step_of_it_costs(finished):
+def test_what_a_step_of_it_costs(tiny):
     """Three passes for each step of the student, one for each of an unguided teacher."""
-    config = distill.get_config(str(finished))
+    config = tiny.config(distillation__steps=1)
     flops = describe(config)["flops"]
-    config.diffusion.num_sampling_steps = 8
-    of_denoiser = (describe(config)["flops"]["generated_text"] - flops["generated_text"]) / 4
-    assert flops["diffusion_training_step"] == config.diffusion.batch_size * 36 * of_denoiser
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("distilled_steps", -1, "must be 0 or more"),
-        ("sampler", "dpmpp_2m", "must be 'ddim', of a denoiser that learned to go in those steps"),
-        ("num_sampling_steps", 50, "must be 2, of a denoiser"),
-        ("guidance", 1.5, "must be 1.0, of a denoiser"),
-        ("teacher_steps", 9, "must be a multiple of distilled_steps, 2"),
-        ("best_metric", "validation_self_conditioned_loss", "must be empty or validation_loss"),
-        ("pretrained", "", "name the folder of the teacher's run"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused(tiny, finished, tmp_path, field, value, message):
-    config = distilled(tiny, finished, **{f"diffusion__{field}": value})
-    with pytest.raises(UserError, match=message):
-        open_run(config, tmp_path / "run")
+    config.distillation.num_sampling_steps = 8
+    of_denoiser = (describe(config)["flops"]["generated_text"] - flops["generated_text"]) / 6
+    passes = config.distillation.batch_size * (3 * 2 + 8)
+    assert flops["distillation_training_step"] == passes * of_denoiser

@@ -115,6 +115,7 @@ class Tiny:
                 "data.max_source_length": 10,
                 "autoencoder.num_latents": 4,
                 "autoencoder.num_layers": 1,
+                "autoencoder.decompressor_layers": 1,
                 "autoencoder.dropout": 0.0,
                 "autoencoder.steps": 80,
                 "diffusion.steps": 30,
@@ -124,6 +125,10 @@ class Tiny:
                 "diffusion.num_sampling_steps": 3,
                 # Ends while there is noise left, so that texts of so short a training differ.
                 "diffusion.min_time": 0.6,
+                "distillation.steps": 0,
+                "distillation.num_sampling_steps": 2,
+                "distillation.teacher_steps": 8,
+                "distillation.ema_decay": 0.5,
                 "autoregressive.steps": 30,
                 "autoregressive.num_layers": 2,
                 "masked.steps": 30,
@@ -137,7 +142,7 @@ class Tiny:
                     for stage in config_lib.TRAINED
                     for name, value in (
                         ("batch_size", 8),
-                        ("num_heads", 4),
+                        *([("num_heads", 4)] if stage != "distillation" else []),
                         ("log_every", 10),
                         ("evaluate_every", 20),
                         ("checkpoint_every", 20),
@@ -146,6 +151,9 @@ class Tiny:
                         ("optimizer.final_learning_rate", 5e-3),
                     )
                 },
+                # It begins where there is little to learn.
+                "distillation.optimizer.learning_rate": 1e-3,
+                "distillation.optimizer.final_learning_rate": 1e-3,
                 **{name.replace("__", "."): value for name, value in fields.items()},
             }
         )

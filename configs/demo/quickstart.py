@@ -12,6 +12,7 @@ def get_config():
     df.statistics_texts = 2_000
     df.evaluate_every = 750
     df.checkpoint_every = 500
+    config.distillation.steps = 150
     config.generate.num_texts = 200
     config.generate.batch_size = 100
     return config

@@ -45,6 +45,7 @@ def base() -> ConfigDict:
     df.time_gains = False
     df.sampler = "euler_sde"  # the paper's, in a quarter of its steps
     df.num_sampling_steps = 50
+    config.distillation.steps = 0
     df.evaluate_every = 1_000
     df.checkpoint_every = 1_000
     config.generate.num_texts = 500

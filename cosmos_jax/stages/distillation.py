@@ -1,17 +1,19 @@
-"""Stage two with a teacher: a trained denoiser learns to do the same in a few steps.
+"""Stage three: the denoiser learns to do in a few steps what takes many.
 
-It begins with the teacher's weights and is called as the teacher is, so all that comes after it
-takes it for any other denoiser. The teacher may be guided: the student learns where guidance leads
-and pays for no second pass. Of the data it reads the sources only.
+The student begins with the weights of its teacher, the denoiser of stage two, and is called as that
+is, so all that comes after takes it for any other. The teacher may be guided: the student learns
+where guidance leads and pays for no second pass. Of the data it reads the sources only.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cosmos_jax import config as config_lib
 from cosmos_jax.diffusion import samplers
 from cosmos_jax.diffusion.distillation import distillation_errors
 from cosmos_jax.diffusion.schedule import TanSchedule
@@ -28,15 +30,30 @@ from cosmos_jax.stages.base import (
 )
 
 
+def learned(config: ConfigDict) -> dict[str, Any]:
+    """What a student learns and is good for alone, to be recorded with it."""
+    settings, teacher = config.distillation, config.diffusion
+    return {
+        "num_sampling_steps": settings.num_sampling_steps,
+        "teacher_steps": settings.teacher_steps,
+        **{f"teacher_{name}": teacher[name] for name in config_lib.LEARNED},
+    }
+
+
+def student(config: ConfigDict, diffusion: Stage) -> Stage:
+    """The stage to take trained parameters for; to train it, `make`."""
+    return dataclasses.replace(diffusion, name="distillation", settings=config.distillation)
+
+
 def make(
     config: ConfigDict, model: Cosmos, diffusion: Stage, teacher: Params, teacher_step: int
 ) -> Stage:
-    """The stage `diffusion` with another loss; `teacher` are the parameters to learn from."""
-    settings = config.diffusion
-    model = model.at_pointer_temperature(settings.pointer_temperature)
-    schedule = TanSchedule(settings.schedule_d)
+    """A student of the stage `diffusion`, whose parameters at `teacher_step` are `teacher`."""
+    settings, taught_as = config.distillation, config.diffusion
+    model = model.at_pointer_temperature(taught_as.pointer_temperature)
+    schedule = TanSchedule(taught_as.schedule_d)
     shape = (config.autoencoder.num_latents, config.encoder.hidden_size)
-    guidance = settings.teacher_guidance if model.conditional else 1.0
+    guidance = taught_as.guidance if model.conditional else 1.0
 
     def errors(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
         keys_B = row_keys(key, batch["rows"])
@@ -48,8 +65,8 @@ def make(
             source = batch["source_states"].astype(jnp.float32), batch["source_mask"]
             taught = read_condition(model, teacher, *source, guidance != 1)
             learned = model.encode_condition(params, *source), source[1]
-        times = samplers.TIME_GRIDS[settings.time_grid](
-            schedule, settings.distilled_steps, settings.min_time
+        times = samplers.TIME_GRIDS[taught_as.time_grid](
+            schedule, settings.num_sampling_steps, taught_as.min_time
         )
         return distillation_errors(
             lambda *inputs: model.denoise(params, *inputs, *learned),
@@ -57,7 +74,7 @@ def make(
             schedule,
             x_T,
             times,
-            settings.teacher_steps // settings.distilled_steps,
+            settings.teacher_steps // settings.num_sampling_steps,
         )
 
     def losses(params: Params, frozen: Frozen, batch: Batch, key: jax.Array) -> Sums:
@@ -69,11 +86,15 @@ def make(
         return {"loss": (jnp.sum(error_B), jnp.sum(batch["real"], dtype=jnp.float32))}
 
     return dataclasses.replace(
-        diffusion,
+        student(config, diffusion),
         features=functools.partial(with_source_states, model),
         losses=losses,
         validation=validation,
         frozen={**diffusion.frozen, "teacher": teacher},
-        begin=diffusion.begin and (lambda: teacher),  # which is what it would read once more
-        provenance={**diffusion.provenance, "teacher_step": teacher_step},
+        begin=lambda: teacher,
+        provenance={
+            **diffusion.provenance,
+            "diffusion_step": teacher_step,
+            **learned(config),
+        },
     )
