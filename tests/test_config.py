@@ -12,6 +12,7 @@ from cosmos_jax.errors import UserError
 
 FIELDS = config_lib.flatten(config_lib.base())
 STAGES = ("autoencoder", "diffusion", "distillation", "autoregressive", "masked")
+WITH_HEADS = ("autoencoder", "diffusion", "autoregressive", "masked")
 
 
 def changed(**fields):
@@ -67,14 +68,16 @@ POSITIVE = (
         for stage in STAGES
         for name in (
             "batch_size",
-            "num_layers",
-            "num_heads",
-            "statistics_texts",
             "log_every",
             "evaluate_every",
             "checkpoint_every",
             "keep_checkpoints",
         )
+    ),
+    *(
+        f"{stage}.{name}"
+        for stage in WITH_HEADS
+        for name in ("num_layers", "num_heads", "statistics_texts")
     ),
 )
 SHARES = (
@@ -92,8 +95,8 @@ BAD = [
     *((field, value) for field in SHARES for value in (-0.1, 1.1, float("nan"))),
     *((f"{stage}.steps", -1) for stage in STAGES),
     *((f"{stage}.accumulate", parts) for stage in STAGES for parts in (0, -2, 3)),  # of 512
-    *((f"{stage}.num_heads", 7) for stage in STAGES),  # does not divide 768
-    *((f"{stage}.num_heads", 256) for stage in STAGES),  # heads of width 3 cannot rotate
+    *((f"{stage}.num_heads", 7) for stage in WITH_HEADS),  # does not divide 768
+    *((f"{stage}.num_heads", 256) for stage in WITH_HEADS),  # heads of width 3 cannot rotate
     ("system", "diffusion"),
     ("autoencoder.decompressor_layers", -1),
     ("distillation.steps", -1),
