@@ -2,8 +2,9 @@
 
 python -m cosmos_jax.evaluate --texts=FILE --references=FILE --protocol=offline --out=FILE.json
 
-A file holds one text a line, or, if its name ends in .jsonl, objects with `text`; both may be
-compressed by gzip. The `samples.jsonl` of a run has its references and sources within.
+A file whose name ends in .jsonl holds objects with `text`, one in .txt a text a line; of others the
+first line tells. All may be compressed by gzip. The `samples.jsonl` of a run has its references and
+sources within.
 """
 
 import json
@@ -16,8 +17,7 @@ from absl import flags
 
 from cosmos_jax import commands, config_checks, encoder, provenance, workdir
 from cosmos_jax import config as config_lib
-from cosmos_jax.data import files, tokens
-from cosmos_jax.data.jsonl import SUFFIXES
+from cosmos_jax.data import files, incoming, tokens
 from cosmos_jax.errors import UserError
 from cosmos_jax.scores import protocols, table
 
@@ -72,9 +72,9 @@ def read(path: Path, *fields: str) -> list[str]:
     Raises:
       UserError: with file and line, what is not as it should be; a file without texts.
     """
-    texts = []
+    texts, objects = [], _of_objects(path)
     for number, line in files.lines(path):
-        if not path.name.endswith(SUFFIXES):
+        if not objects:
             texts.append(line.strip())
             continue
         if not line.strip():
@@ -92,11 +92,23 @@ def read(path: Path, *fields: str) -> list[str]:
     return texts
 
 
+def _first(path: Path) -> str:
+    """The first line that says something."""
+    return next((line for _, line in files.lines(path) if line.strip()), "")
+
+
+def _of_objects(path: Path) -> bool:
+    kind, looks = incoming.kind_of(path.name), incoming.is_object(_first(path))
+    if looks and kind is False:
+        logger.warning("%s: looks like JSON lines, and is scored as plain text", path)
+    return looks if kind is None else kind
+
+
 def _within(path: Path, field: str) -> list[str]:
     """A field that the objects of the texts may have beside the text, or nothing."""
-    if not path.name.endswith(SUFFIXES):
+    if not _of_objects(path):
         return []
-    first = next(iter(files.lines(path)), (0, ""))[1]
+    first = _first(path)
     return read(path, field) if f'"{field}"' in first else []
 
 

@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping and the learning-rate schedules of both stages."""
+"""AdamW with global-norm clipping and the learning-rate schedules of all stages."""
 
 import jax
 import jax.numpy as jnp

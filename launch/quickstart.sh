@@ -3,7 +3,7 @@
 #
 # Shows what the small models in demo/ write, then trains another denoiser in the latent space of
 # the first, on the short sentences in the package. With flags for other texts, another encoder or
-# autoencoder, such as --config.data.source=jsonl:PATH, both stages are trained, on those.
+# autoencoder, such as --config.data.source=jsonl:PATH, all stages are trained, on those.
 # Run again, it goes on where it stopped.
 set -euo pipefail
 

@@ -230,6 +230,19 @@ def test_damaged_files_are_named_with_the_line(tmp_path, content, message):
         evaluate.read(path, "text")
 
 
+def test_the_first_line_tells_where_the_name_does_not(tmp_path, caplog):
+    rows = [{"text": "a b"}, {"text": "c"}]
+    for name in ("texts.jsonl", "texts.json", "texts"):
+        path = tiny_lib.write_rows(tmp_path / name, rows)
+        assert evaluate.read(path, "text") == ["a b", "c"]
+    path.write_text("a b\n{c}\n")
+    assert evaluate.read(path, "text") == ["a b", "{c}"]
+    assert not caplog.messages
+    path = tiny_lib.write_rows(tmp_path / "texts.txt", rows)
+    assert evaluate.read(path, "text") == ['{"text": "a b"}', '{"text": "c"}']
+    assert caplog.messages == [f"{path}: looks like JSON lines, and is scored as plain text"]
+
+
 def test_where_to_write_is_asked_first(score, tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         score(texts=tmp_path / "missing", out=tmp_path / "no" / "where.json")

@@ -118,7 +118,7 @@ class Incoming:
         if not line.strip():
             return ("",) * len(fields)
         if self.objects is None:
-            self.objects = bool(_OBJECT.match(line))
+            self.objects = is_object(line)
         texts = self._of_object(line, fields) if self.objects else (line,)
         if len(texts) < len(fields):
             raise self._error(fields)
@@ -147,6 +147,16 @@ class Incoming:
         return UserError(f"{self.name}:{self.number}: needs a JSON object with the text {wanted}")
 
 
+def kind_of(path: str) -> bool | None:
+    """Whether the lines of a file are objects, from its name; None: that does not tell."""
+    return {".jsonl": True, ".txt": False}.get(Path(path.removesuffix(".gz")).suffix)
+
+
+def is_object(line: str) -> bool:
+    """Whether a line begins as an object with a field."""
+    return bool(_OBJECT.match(line))
+
+
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Incoming]:
     """The lines of a file, compressed by gzip or not, or of standard input if the path is "-".
@@ -170,5 +180,4 @@ def opened(path: str) -> Iterator[Incoming]:
                 file = stack.enter_context(gzip.open(packed))
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-        suffix = Path(path.removesuffix(".gz")).suffix
-        yield Incoming(file, path, {".jsonl": True, ".txt": False}.get(suffix))
+        yield Incoming(file, path, kind_of(path))
