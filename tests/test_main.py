@@ -344,18 +344,16 @@ def test_describe_on_the_command_line():
     flags = ("--config=configs/wikipedia.py", "--config.mesh.fsdp=8")
     done = command(*flags, "--stage=describe", code=0)
     description = json.loads(done.stdout.splitlines()[-1])
-    counts = description["parameters"]
-    assert {name: counts[name] for name in PAPER} == PAPER
-    assert "condition_encoder" not in counts
+    assert "condition_encoder" not in description["parameters"]
     assert description["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     readme = (ROOT / "README.md").read_text()
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "diffusion", "distillation"):
         held = f"{sum(description['bytes_per_device'][stage].values()) / 1e9:.2f}"
         (row,) = [line for line in readme.splitlines() if line.startswith(f"| {stage}: parameters")]
         assert row.split("|")[4].strip() == held
 
 
-OTHERS = {"workdir", "distill", "benchmark"}  # are not of a task
+OTHERS = {"workdir", "benchmark"}  # are not of a task
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in OTHERS)
 CONDITIONAL = {"detoxify", "question", "summarize"}
 
@@ -365,6 +363,18 @@ def load_config(name, *arguments):
     namespace: dict = {"__file__": str(path)}
     exec(path.read_text(), namespace)
     return namespace["get_config"](*arguments)
+
+
+def test_the_faithful_configs_are_the_paper():
+    config = load_config("faithful", "wikipedia")
+    config_checks.validate(config)
+    description = describe(config)
+    counts = description["parameters"]
+    assert {name: counts[name] for name in PAPER} == PAPER
+    assert "distillation_training_step" not in description["flops"]
+    assert "distillation" not in description["bytes_per_device"]
+    expected = {"sampler": "euler_sde", "num_sampling_steps": 200, "guidance": 1.0}
+    assert expected.items() <= config_lib.sampling(config).items()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -387,9 +397,11 @@ def test_every_config_at_its_full_size(name):
             counts.get(part, 0) for part in ("denoiser", "condition_encoder", "condition_positions")
         ),
     }
+    if name != "faithful":
+        trained["distillation"] = trained["diffusion"]
     for stage, number in trained.items():
         assert memory[stage]["params"] == 4 * number
-        assert memory[stage]["ema"] == (4 * number if stage == "diffusion" else 0)
+        assert memory[stage]["ema"] == (0 if stage == "autoencoder" else 4 * number)
         assert 0 <= memory[stage]["optimizer"] - 8 * number < 100
     # 2 operations for each weight and token: at least the weights' share must be there.
     tokens = config.data.max_length * config.autoencoder.batch_size
@@ -410,7 +422,6 @@ def test_the_configs_of_the_demos(name):
 def test_a_shallow_decompressor():
     """3 of 12 layers, each of 6 d^2 in attention, 8 d^2 in the MLP and some vectors."""
     config = load_config("rocstories")
-    config.autoencoder.decompressor_layers = 3
     counts, width = describe(config)["parameters"], config.encoder.hidden_size
     saved = PAPER["decompressor"] - 48 * width - counts["decompressor"]  # 80 positions, not 128
     assert 0.99 < saved / (9 * 14 * width**2) < 1.01
