@@ -38,7 +38,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # run on one worker (launch/test.sh), as they share what takes long to make.
 LONGEST_FIRST = """
 test_scale test_compiled test_interrupted test_train test_baselines test_main test_notebook
-test_study test_benchmark test_generate test_export test_exported test_library
+test_study test_benchmark test_distillation test_generate test_export test_exported test_library
 """.split()
 
 

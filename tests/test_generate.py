@@ -63,14 +63,14 @@ def _capitals(text):
 def model(tiny, monkeypatch):
     """A conditional stand-in, which is what `load` gives."""
     stand_in = StandIn(tiny)
-    monkeypatch.setattr(cosmos_jax, "load", lambda name: stand_in)
+    monkeypatch.setattr(cosmos_jax, "load", lambda name, distilled: stand_in)
     return stand_in
 
 
 @pytest.fixture
 def texts_model(tiny, monkeypatch):
     stand_in = StandIn(tiny, conditional=False)
-    monkeypatch.setattr(cosmos_jax, "load", lambda name: stand_in)
+    monkeypatch.setattr(cosmos_jax, "load", lambda name, distilled: stand_in)
     return stand_in
 
 
@@ -110,7 +110,7 @@ def test_any_line_has_its_own_line(model, tmp_path, caplog):
     ]
     loaded, *notes = [record.message for record in caplog.records]
     assert loaded == (
-        "MODEL: cosmos, texts of up to 12 tokens for sources of up to 10, 4 latents of width 768"
+        "MODEL: cosmos, texts of up to 12 tokens for sources of up to 10, 4 latents of width 768, 3 steps of euler_sde"
     )
     assert notes == [
         "1 of 12 lines were cut to the 10 tokens that the model reads",
@@ -252,7 +252,7 @@ def test_what_the_modes_ask_for(tiny, monkeypatch, tmp_path):
     how = {"seed": 0, "first": 0, "steps": None, "sampler": None, "guidance": 2.0}
     for conditional in (True, False):
         stand_in = StandIn(tiny, conditional=conditional)
-        monkeypatch.setattr(cosmos_jax, "load", lambda name, m=stand_in: m)
+        monkeypatch.setattr(cosmos_jax, "load", lambda name, distilled, m=stand_in: m)
         sources = {"sources": ["a king"]} if conditional else {}
         run(input=path, output=out, edit=0, guidance=2)
         assert stand_in.asked.pop() == {"strength": 0.0, **how, **sources}
@@ -360,14 +360,14 @@ def test_a_closed_pipe_is_the_end(finished):
     assert process.wait(timeout=300) == 0
     assert errors.count("\n") == 1, errors
     assert errors.endswith(
-        f" {finished}: cosmos, texts of up to 12 tokens, 4 latents of width 32\n"
+        f" {finished}: cosmos, texts of up to 12 tokens, 4 latents of width 32, 3 steps of euler_sde\n"
     )
 
 
 def test_texts_do_not_depend_on_how_lines_come(finished_pairs, tmp_path, monkeypatch):
     """With a model, and against the library asked for all of them at once."""
     model = cosmos_jax.load(finished_pairs)
-    monkeypatch.setattr(cosmos_jax, "load", lambda name: model)
+    monkeypatch.setattr(cosmos_jax, "load", lambda name, distilled: model)
     rows = tiny_lib.read_rows(finished_pairs / "samples.jsonl")[:4]
     for row in rows:
         row["text"] = f"the [MASK] {row['text']}"
