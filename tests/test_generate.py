@@ -110,7 +110,8 @@ def test_any_line_has_its_own_line(model, tmp_path, caplog):
     ]
     loaded, *notes = [record.message for record in caplog.records]
     assert loaded == (
-        "MODEL: cosmos, texts of up to 12 tokens for sources of up to 10, 4 latents of width 768, 3 steps of euler_sde"
+        "MODEL: cosmos, texts of up to 12 tokens for sources of up to 10, 4 latents of width 768, "
+        "3 steps of euler_sde"
     )
     assert notes == [
         "1 of 12 lines were cut to the 10 tokens that the model reads",
@@ -360,7 +361,8 @@ def test_a_closed_pipe_is_the_end(finished):
     assert process.wait(timeout=300) == 0
     assert errors.count("\n") == 1, errors
     assert errors.endswith(
-        f" {finished}: cosmos, texts of up to 12 tokens, 4 latents of width 32, 3 steps of euler_sde\n"
+        f" {finished}: cosmos, texts of up to 12 tokens, 4 latents of width 32, "
+        "3 steps of euler_sde\n"
     )
 
 
