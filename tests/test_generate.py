@@ -191,8 +191,16 @@ def test_answers_come_before_the_next_line_does(model, tmp_path, monkeypatch):
     """Through a pipe that stays open, as of `tail -f`; were anything held back, this would hang."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
+
+    def answer():
+        try:
+            run(input="-", output=fifo)
+        finally:  # should it have failed before it wrote, there is nothing to wait for
+            with contextlib.suppress(OSError):
+                os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+
     with piped(monkeypatch) as end:
-        thread = threading.Thread(target=run, kwargs={"input": "-", "output": fifo})
+        thread = threading.Thread(target=answer)
         thread.start()
         with open(fifo, encoding="utf-8") as answers:
             end.write(b"tree\n")
