@@ -49,6 +49,8 @@ def config(tiny: tiny_lib.Tiny):
         autoencoder__checkpoint_every=8,
         diffusion__checkpoint_every=3,
         diffusion__best_metric="validation_loss",
+        distillation__steps=12,
+        distillation__checkpoint_every=2,
         generate__num_texts=10,
         generate__batch_size=2,
         evaluate__batch_size=1,
@@ -99,6 +101,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "start": lambda workdir: True,
     "autoencoder": lambda workdir: _has_line(workdir, "autoencoder"),
     "diffusion": lambda workdir: _has_line(workdir, "diffusion"),
+    "distillation": lambda workdir: _has_line(workdir, "distillation"),
     "save": lambda workdir: any(workdir.glob("*/*.orbax-checkpoint-tmp*")),
     "generate": lambda workdir: (workdir / "samples.partial.jsonl").exists(),
     "evaluate": lambda workdir: (workdir / "evaluation.partial.json").exists(),
@@ -165,7 +168,7 @@ def differences(workdir: Path, reference: Path) -> list[str]:
     for name in ("samples.jsonl", "evaluation.json", "generation.json"):
         if (workdir / name).read_bytes() != (reference / name).read_bytes():
             found.append(f"{name} differs")
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "diffusion", "distillation"):
         ours, theirs = (_newest(path / stage) for path in (workdir, reference))
         if ours.keys() != theirs.keys():
             found.append(f"{stage}: {sorted(ours)} instead of {sorted(theirs)}")

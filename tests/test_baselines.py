@@ -34,7 +34,7 @@ def test_a_run_from_end_to_end(tiny, tmp_path, capsys, fields, conditional):
     assert all(isinstance(sample["text"], str) for sample in samples)
     assert ("reference" in samples[0]) == conditional
     metrics = tiny_lib.read_rows(tmp_path / "metrics.jsonl")
-    for stage in config_lib.SYSTEMS[config.system]:
+    for stage in config_lib.training(config):
         losses = [
             m["validation_loss"]
             for m in metrics
@@ -42,12 +42,12 @@ def test_a_run_from_end_to_end(tiny, tmp_path, capsys, fields, conditional):
         ]
         assert losses[-1] < losses[0]
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert set(evaluation["held_out"]) == set(config_lib.SYSTEMS[config.system])
+    assert set(evaluation["held_out"]) == set(config_lib.training(config))
     assert ("latent_frechet" in evaluation["done"]) == (config.system == "cosmos")
     assert "diversity" in evaluation["scores"]
     assert (tmp_path / "report.html").exists()
     assert (
-        f"trained for {config[config_lib.SYSTEMS[config.system][-1]].steps}"
+        f"trained for {config[config_lib.training(config)[-1]].steps}"
         in capsys.readouterr().out
     )
 
