@@ -347,8 +347,9 @@ class Model:
         if asked and self.config.system != "cosmos":
             raise UserError(f"a model of system {self.config.system!r} has no {', '.join(asked)}")
         if asked and self.config.distillation.steps:
+            names = ", ".join(asked).replace("num_sampling_steps", "steps")
             raise UserError(
-                f"{', '.join(asked)} cannot be chosen: this denoiser was distilled to "
+                f"{names} cannot be chosen: this denoiser was distilled to "
                 f"{self.config.distillation.num_sampling_steps} steps; load the one it learned "
                 "from with distilled=False (--nodistilled)"
             )

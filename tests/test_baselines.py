@@ -46,10 +46,7 @@ def test_a_run_from_end_to_end(tiny, tmp_path, capsys, fields, conditional):
     assert ("latent_frechet" in evaluation["done"]) == (config.system == "cosmos")
     assert "diversity" in evaluation["scores"]
     assert (tmp_path / "report.html").exists()
-    assert (
-        f"trained for {config[config_lib.training(config)[-1]].steps}"
-        in capsys.readouterr().out
-    )
+    assert f"trained for {config[config_lib.training(config)[-1]].steps}" in capsys.readouterr().out
 
     run_stages(config, tmp_path)  # nothing is left to do
     assert tiny_lib.read_rows(tmp_path / "metrics.jsonl") == metrics

@@ -120,6 +120,7 @@ def begin(directory: Path, **fields) -> Path:
     config = config_lib.base()
     config.update_from_flattened_dict(
         {
+            **config_lib.FAITHFUL,
             "autoencoder.steps": 60,
             "diffusion.steps": 200,
             "generate.num_texts": 12,
@@ -263,6 +264,19 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert rows == [
         f"{name} not begun" for name in "autoencoder diffusion generate evaluate".split()
     ]
+
+
+def test_a_run_that_is_distilled(tmp_path):
+    fields = {"distillation.steps": 40, "distillation.num_sampling_steps": 4}
+    workdir = begin(tmp_path / "fast", **fields)
+    write_lines(workdir / "metrics.jsonl", metrics("distillation", 20))
+    found = sections(page(workdir))
+    rows = [said(row) for row in found["status"].iter("li")]
+    assert rows[2] == "distillation 20 of 40 steps"
+    assert "generation in 4 steps, distilled." in said(found["configuration"])
+    assert "distillation.steps 40 0" in [said(r) for r in found["configuration"].iter("li")]
+    (plot,) = found["loss"].xpath(".//*[@role='img']")
+    assert plot.get("aria-label").startswith("Loss of the distillation")
 
 
 def test_half_way_through_training(tmp_path):
