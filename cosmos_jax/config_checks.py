@@ -103,8 +103,8 @@ def validate(config: ConfigDict) -> None:
         limit = config.encoder.max_positions
         require(3 <= flat[field] <= limit, field, f"from 3 to {limit}, the encoder's")
     for stage in SYSTEMS[config.system]:
-        if stage == "distillation":
-            continue  # the same modules as the diffusion's
+        if "num_heads" not in config[stage]:
+            continue  # it has no modules of its own
         width, heads = config.encoder.hidden_size, config[stage].num_heads
         require(
             heads >= 1 and width % heads == 0 and (width // heads) % 2 == 0,

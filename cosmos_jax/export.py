@@ -187,12 +187,10 @@ def _titles(values: list[str]) -> dict[str, Path]:
 
 def _results(source: Path, found: Trained) -> dict[str, Any]:
     """What the run's folder has that was made with these weights, and not with others."""
-    steps = {f"{name}_step": stage.step for name, stage in found.stages.items()}
 
     def of_these(name: str) -> dict[str, Any]:
         content = workdir.read_json(source / name) or {}
-        identity = content.get("identity", {})
-        if content and any(identity.get(k) != v for k, v in steps.items()):
+        if content and _steps(content.get("identity", {})) != _steps(found.finished.identity):
             logger.warning("%s is left out: it is of other weights", source / name)
             return {}
         return content
@@ -210,6 +208,11 @@ def _results(source: Path, found: Trained) -> dict[str, Any]:
     if identity := generation.get("identity"):
         sampling = {name: identity[name] for name in sampling if name in identity}
     return {"evaluation": evaluation, "samples": texts, "sampling": sampling}
+
+
+def _steps(identity: Mapping[str, Any]) -> dict[str, int]:
+    """The step of each stage that something was made with."""
+    return {name: step for name, step in identity.items() if name.endswith("_step")}
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ def generate(run: Run) -> None:
         num_texts = len(run.dataset.test)
         logger.info("generate: one text for each of the %d test sources", num_texts)
     how = config_lib.sampling(run.config)
+    logger.info("generate: %s", " ".join(f"{name}={value}" for name, value in how.items()))
     identity = {**finished.identity, **how}
     batch_size = run.even_batch_size(min(settings.batch_size, num_texts))
     done = distributed.on_first(lambda: _resume(run.workdir, identity, num_texts, batch_size))

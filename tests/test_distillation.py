@@ -208,9 +208,7 @@ def test_its_teacher_can_be_had(tiny, distilled, taught_by, tmp_path):
     same = cosmos_jax.load(taught_by)
     assert teacher.generate(4) == same.generate(4)
     assert teacher.generate(4, steps=5) == same.generate(4, steps=5)
-    with pytest.raises(
-        UserError, match=r"^steps cannot be chosen: .* to 2 steps; load"
-    ):
+    with pytest.raises(UserError, match=r"^steps cannot be chosen: .* to 2 steps; load"):
         cosmos_jax.load(distilled).generate(4, steps=5)
 
     export(distilled, tmp_path / "student")
@@ -223,7 +221,9 @@ def test_its_teacher_can_be_had(tiny, distilled, taught_by, tmp_path):
     assert "| distillation | 80 | 8 | 0.001 | 0.5 | the denoiser, its teacher in 8 steps |" in card
     assert "| diffusion | 30 |" in card
 
+    assert "## Samples" in card
     export(distilled, tmp_path / "teacher", distilled=False)
+    assert "## Samples" not in (tmp_path / "teacher" / "README.md").read_text()
     assert cosmos_jax.load(tmp_path / "teacher").generate(4) == teacher.generate(4)
 
 

@@ -15,6 +15,7 @@ def change(config: ConfigDict, system: str) -> ConfigDict:
         ae.num_latents = config.data.max_length
         # As in TEncDM (arXiv 2402.19097): a small decoder, trained on noised states of tokens,
         # and more noise in the schedule.
+        ae.decompressor_layers = 3
         ae.alignment_weight = 0.0
         ae.masked_share = 0.0
         ae.noised_share = 1.0
