@@ -52,9 +52,11 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
     stages = config_lib.stages(config)
     wanted = stages if stage == "all" else (stage,)
     if not set(wanted) <= set(stages):
+        off = stage in config_lib.SYSTEMS[config.system]
+        hint = f" (config.{stage}.steps is 0)" if off else ""
         raise UserError(
             f"--stage={stage}: the stages of config.system {config.system!r} are "
-            f"{', '.join(stages)}"
+            f"{', '.join(stages)}{hint}"
         )
     run = distributed.in_turn(lambda: open_run(config, workdir))
     with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):

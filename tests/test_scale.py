@@ -23,13 +23,14 @@ from cosmos_jax import distributed
 from cosmos_jax.runner import run_stages
 
 ROOT = Path(__file__).parents[1]
+STEPS = {"autoencoder": 20, "diffusion": 20, "distillation": 4}
 TWO_PROCESSES = ["bash", str(ROOT / "launch" / "local_processes.sh"), "2"]
 
 
 def config(tiny, data=1, fsdp=1, tensor=1, **fields):
     """A conditional run with dropout; the last batches of its texts are not full."""
-    steps = {f"{stage}__steps": 20 for stage in ("autoencoder", "diffusion")}
-    every = {f"{stage}__log_every": 1 for stage in ("autoencoder", "diffusion")}
+    steps = {f"{stage}__steps": count for stage, count in STEPS.items()}
+    every = {f"{stage}__log_every": 1 for stage in STEPS}
     mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
     return tiny.pairs_config(
         **{**steps, **every, **mesh, "generate__num_texts": 10, "generate__batch_size": 8},
@@ -56,7 +57,7 @@ def assert_same_results(workdir, reference):
         for path in (workdir, reference)
     )
     assert found.keys() == expected.keys()
-    assert len(expected) == 2 * 20 + 2 * 2
+    assert len(expected) == sum(STEPS.values()) + 2 * len(STEPS)
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
     for name in ("samples.jsonl", "generation.json"):
