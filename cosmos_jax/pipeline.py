@@ -314,6 +314,17 @@ def _require_same_autoencoder(run: Run, stage: Stage, recorded: dict[str, Any]) 
         )
 
 
+def require_as_learned(run: Run) -> None:
+    """UserError if a student that is there learned to go in another way than the config asks for.
+
+    To be called before the config is recorded, which would then be of no use.
+    """
+    if "distillation" in config_lib.training(run.config):
+        recorded = trained.newest_provenance(run.workdir / "distillation")
+        if recorded is not None:
+            _require_as_learned(run, recorded)
+
+
 def _require_as_learned(run: Run, recorded: dict[str, Any]) -> None:
     """UserError if a student is to be sampled in another way than it learned."""
     for name, value in distillation.learned(run.config).items():

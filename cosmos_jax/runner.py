@@ -61,6 +61,7 @@ def run_stages(config: ConfigDict, workdir: Path, stage: str = "all") -> None:
     run = distributed.in_turn(lambda: open_run(config, workdir))
     with contextlib.ExitStack() as stack, jax.set_mesh(run.mesh):
         distributed.on_first(lambda: stack.enter_context(locked(workdir)))
+        pipeline.require_as_learned(run)
         distributed.on_first(lambda: claim(workdir, run.config))
         for name in wanted:
             with contextlib.ExitStack() as around:

@@ -251,7 +251,8 @@ def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, finished, tmp_pa
     run_stages(tiny.config(distillation__steps=6, **more), whole, "generate")
     with pytest.raises(UserError, match="was trained with diffusion_step 30, but here it is 31"):
         run_stages(tiny.config(distillation__steps=8, **more), whole, "distillation")
-    with pytest.raises(UserError, match=r"distillation\.num_sampling_steps is 2 there and 4 here"):
+    message = r"config\.distillation\.num_sampling_steps is 4, but .* learned with 2: give that"
+    with pytest.raises(UserError, match=message):
         run_stages(
             tiny.config(distillation__steps=8, distillation__num_sampling_steps=4),
             parts,
@@ -270,6 +271,10 @@ def test_it_is_sampled_as_it_learned(tiny, distilled):
     message = (
         r"config\.diffusion\.min_time is 0\.3, but .*distillation learned with 0\.05: give that"
     )
+    before = (distilled / "config.json").read_text()
+    with pytest.raises(UserError, match=message):
+        run_stages(asked, distilled, "generate")
+    assert (distilled / "config.json").read_text() == before
     with pytest.raises(UserError, match=message):
         pipeline.finished(open_run(asked, distilled))
     asked = tiny.config(distillation__steps=80, distillation__num_sampling_steps=4, **TO_THE_END)
@@ -287,8 +292,9 @@ def test_what_was_not_begun_may_be_changed(tiny, finished, tmp_path):
     assert cosmos_jax.load(workdir).generate(2) == cosmos_jax.load(finished).generate(2)
     fields = {"distillation__num_sampling_steps": 4, "distillation__batch_size": 4}
     run_stages(tiny.config(distillation__steps=2, **fields), workdir, "distillation")
+    fields["distillation__batch_size"] = 8
     with pytest.raises(UserError, match=r"distillation\.batch_size is 4 there and 8 here"):
-        run_stages(tiny.config(distillation__steps=2), workdir, "distillation")
+        run_stages(tiny.config(distillation__steps=2, **fields), workdir, "distillation")
 
 
 def test_with_features_from_the_cache(tiny, finished_pairs, tmp_path):
