@@ -94,6 +94,11 @@ def validate(config: ConfigDict) -> None:
                 raise UserError(
                     f"config.{field} is {names!r}; {name!r} is none of {', '.join(known)}"
                 )
+    if "distillation" in config.training.stages and not config.base.distillation.steps:
+        raise UserError(
+            f"config.training.stages is {config.training.stages!r}, but "
+            "config.base.distillation.steps is 0"
+        )
     for field in ("batch_sizes", "accelerator_batch_sizes"):
         sizes = config[field]
         if not all(isinstance(size, int) and size > 0 for size in sizes):

@@ -287,8 +287,9 @@ FAITHFUL = {
 }
 
 
-# What a run has that was begun when there were no such fields.
+# What a run has that was begun when there were no such fields, and fields that there were.
 _BEFORE = {"autoencoder.decompressor_layers": 0, "distillation.steps": 0}
+_NO_MORE = ("distilled_steps", "teacher_steps", "teacher_guidance")
 
 
 def recorded(content: Mapping[str, Any]) -> ConfigDict:
@@ -296,6 +297,8 @@ def recorded(content: Mapping[str, Any]) -> ConfigDict:
     config = base()
     config.update_from_flattened_dict(_BEFORE)
     config.update(content)
+    for name in _NO_MORE:
+        config.diffusion.pop(name, None)
     return config
 
 

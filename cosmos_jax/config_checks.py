@@ -1,7 +1,6 @@
 """What a configuration must be to work, and to go on with what another one began."""
 
 import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -190,14 +189,16 @@ def resolve(config: ConfigDict, encoder: Any, conditional: bool) -> ConfigDict:
     return resolved
 
 
-def conflict(old: ConfigDict, asked: ConfigDict, begun: Collection[str] = TRAINED) -> str:
+def conflict(old: ConfigDict, asked: ConfigDict, *, distilled: bool = True) -> str:
     """The first field that may not differ between a workdir's config and the one asked for.
 
-    Empty if there is none. `begun` are the stages that the workdir has something of: those of the
-    others may be changed.
+    Empty if there is none. A run that is not `distilled` yet may be in any way.
     """
-    free = (*FREE, *(f"{stage}." for stage in TRAINED if stage not in begun))
-    there, here = flatten(recorded(old)), flatten(asked)
+    free = FREE if distilled else (*FREE, "distillation.")
+    there, here = (flatten(config) for config in (recorded(old), asked))
+    for fields in (there, here):  # 0 layers are as many as the compressor has
+        depth = "autoencoder.decompressor_layers"
+        fields[depth] = fields[depth] or fields["autoencoder.num_layers"]
     for field in sorted(there.keys() | here.keys()):
         if there.get(field) != here.get(field) and not field.startswith(free):
             return f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"

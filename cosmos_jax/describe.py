@@ -128,11 +128,13 @@ def _count(tree: Any) -> int:
 
 
 def _state_bytes(stage: Stage, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
-    """Bytes of parameters, averaged parameters and optimiser state."""
+    """Bytes of parameters, averaged parameters and optimiser state, and a student's teacher."""
     transform = optimizer.make(stage.settings.optimizer, max(1, stage.settings.steps))
     init = functools.partial(init_state, stage, transform)
     state = jax.eval_shape(init, jax.random.key(0), stage.frozen)
     trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
+    if stage.name == "distillation":
+        trees["teacher"] = state.params
     return {name: sharding.bytes_per_device(tree, mesh) for name, tree in trees.items()}
 
 
@@ -205,7 +207,8 @@ def _flops(config: ConfigDict, model: cosmos.Cosmos, shapes: dict[str, Any]) -> 
         evaluations *= 2
     train_denoiser = forward["bert"] + forward["compressor"] + train_source + denoise
     taught = student.teacher_steps * (2 if model.conditional and settings.guidance != 1 else 1)
-    train_student = forward["denoiser"] * (3 * student.num_sampling_steps + taught) + train_source
+    train_student = forward["denoiser"] * (3 * student.num_sampling_steps + taught)
+    train_student += train_source + forward.get("condition_encoder", 0)
     distillation = {"distillation_training_step": student.batch_size * train_student}
     return {
         "autoencoder_training_step": config.autoencoder.batch_size * (forward["bert"] + 3 * encode),

@@ -74,12 +74,10 @@ def evaluate(run: Run) -> None:
         if distributed.preempted():
             raise distributed.Preempted("evaluate: what is done is saved")
 
-    # Of a student no loss is of interest, and its teacher's is that of the run.
-    teacher = pipeline.undistilled(run)
-    for name in config_lib.training(teacher.config):
-        if name not in state["held_out"]:
+    for name in config_lib.training(pipeline.undistilled(run).config):
+        of = finished if name in finished.stages else _teacher(run, finished)
+        if of is not None and name not in state["held_out"]:
             sums = state.setdefault("sums", {"texts": 0, "totals": {}})
-            of = finished if name in finished.stages else pipeline.finished(teacher)
             for count, totals in held_out_sums(run, of, name, **sums):
                 sums.update(texts=count, totals=totals)
                 save()
@@ -105,6 +103,17 @@ def evaluate(run: Run) -> None:
         partial.unlink(missing_ok=True)
 
     distributed.on_first(finish)
+
+
+def _teacher(run: Run, student: pipeline.Finished) -> pipeline.Finished | None:
+    """What a student learned from, whose loss is that of the run; None if it is not there."""
+    try:
+        found = pipeline.finished(pipeline.undistilled(run))
+    except UserError as error:
+        logger.info("evaluate: no loss of the denoiser before it was distilled: %s", error)
+        return None
+    same = found.identity["diffusion_step"] == student.identity["diffusion_step"]
+    return found if same else None
 
 
 def _of_identity(path: Path, identity: dict[str, Any]) -> Any:

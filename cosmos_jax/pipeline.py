@@ -134,14 +134,16 @@ def _trained_autoencoder(run: Run) -> tuple[Cosmos, Stage, int, Weights]:
     return model, first, step, {**first.frozen, **params}
 
 
-def diffusion_stage(run: Run) -> Finished:
-    """Stages one and two, with the weights of stage one, which must be finished."""
+def diffusion_stage(run: Run, name: str = "diffusion") -> Finished:
+    """Stages one and two, with the weights of stage one, which must be finished.
+
+    `name` is the stage whose folder tells the statistics of latents; an exported student has left
+    that of its teacher behind.
+    """
     model, first, step, weights = _trained_autoencoder(run)
     if model.conditional:
         weights |= trained.no_source(run, model, weights)
-    statistics = trained.statistics(run.workdir / "diffusion")
-    if statistics is None and run.config.distillation.steps:  # an export leaves stage two out
-        statistics = trained.statistics(run.workdir / "distillation")
+    statistics = trained.statistics(run.workdir / name)
     begins = statistics is None and bool(pretrained.directory(run, "diffusion"))
     if begins:
         statistics = pretrained.statistics(run, "diffusion")
@@ -197,7 +199,7 @@ def finished(run: Run) -> Finished:
     directory = run.workdir / name
     _require_finished(run, "autoencoder", autoencoder_directory(run))
     _require_finished(run, name, directory)
-    half = diffusion_stage(run)
+    half = diffusion_stage(run, name)
     stage = half.stages["diffusion"]
     if name == "distillation":
         stage = distillation.student(run.config, stage)
@@ -261,6 +263,8 @@ def train_stage(run: Run, name: str) -> None:
             if name in ("diffusion", "distillation"):
                 recorded = trained.provenance(run.workdir / name, step)
                 _require_same_autoencoder(run, stage, recorded)
+            if name == "distillation":
+                _require_same_teacher(run, stage, recorded)
             _free_cache(run, name)
             logger.info("%s: finished, %d steps", name, step)
             return
@@ -311,6 +315,18 @@ def _require_same_autoencoder(run: Run, stage: Stage, recorded: dict[str, Any]) 
             f"{directory} learned the latents of the autoencoder at step {learned}, but "
             f"{autoencoder_directory(run)} gives those of step {now}: give it that step back, or "
             f"delete {directory} to train it again"
+        )
+
+
+def _require_same_teacher(run: Run, stage: Stage, recorded: dict[str, Any]) -> None:
+    """UserError if a student learned from another step of the denoiser."""
+    directory, now = run.workdir / stage.name, stage.provenance["diffusion_step"]
+    learned = recorded.get("diffusion_step")
+    if learned != now:
+        raise UserError(
+            f"{directory} learned from the denoiser at step {learned}, and that of "
+            f"{run.workdir / 'diffusion'} is at step {now}: delete {directory} to distil again, or "
+            "keep it and ask for --stage=generate and --stage=evaluate alone"
         )
 
 

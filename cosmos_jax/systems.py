@@ -108,7 +108,7 @@ def open_systems(config: ConfigDict, mesh: Mesh) -> dict[str, Model | Eager | Us
             continue
         # The same weights where only the sampling differs.
         ae = of_system.autoencoder
-        kind = (of_system.system, ae.compress, ae.decompressor_layers)
+        kind = (of_system.system, ae.compress, ae.decompressor_layers or ae.num_layers)
         if kind not in shared:
             shared[kind] = random(of_system, tokenizer, mesh)
         found[name] = dataclasses.replace(shared[kind], config=of_system)
@@ -253,6 +253,9 @@ def trained(name: str, directory: Path, base: ConfigDict) -> Model:
     if recorded is None:
         raise UserError(f"config.workdirs.{name}: {directory} holds no config.json")
     config = config_lib.recorded(recorded)
+    ae = config.autoencoder
+    if ae.decompressor_layers == ae.num_layers:
+        ae.decompressor_layers = 0  # which means the same
     for field in ("system", "autoencoder.compress", "autoencoder.decompressor_layers"):
         wanted = CHANGES[name].get(field, config_lib.flatten(config)[field])
         found = config_lib.flatten(config)[field]
@@ -260,9 +263,10 @@ def trained(name: str, directory: Path, base: ConfigDict) -> Model:
             raise UserError(
                 f"config.workdirs.{name}: {directory} has {field} {found!r}, not {wanted!r}"
             )
+    student = config_of(name, config).distillation.steps
     for stage, fields in config_lib.SAMPLING.items():
         for field in fields:
-            if not (config.distillation.steps and field in config_lib.LEARNED):
+            if not (student and field in config_lib.LEARNED):
                 config[stage][field] = base[stage][field]
     run = runner.open_run(config_of(name, config), directory)
     finished = pipeline.finished(run)

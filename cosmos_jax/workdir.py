@@ -63,15 +63,15 @@ def read_config(workdir: Path) -> ConfigDict | None:
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`; UserError if the folder belongs to a run this one cannot continue."""
     recorded = read_config(workdir)
-    begun = [name for name in config_lib.TRAINED if (workdir / name).exists()]
     if recorded is not None:
-        conflict = config_checks.conflict(recorded, config, begun)
+        distilled = (workdir / "distillation").exists()
+        conflict = config_checks.conflict(recorded, config, distilled=distilled)
         if conflict:
             raise UserError(
                 f"{workdir} belongs to another config: {conflict}; "
                 "give that value or choose another --workdir"
             )
-    elif begun:
+    elif any((workdir / name).exists() for name in config_lib.TRAINED):
         raise UserError(f"{workdir} holds checkpoints but no config.json; choose another --workdir")
     write_text(workdir / "config.json", config_lib.to_json(config))
 

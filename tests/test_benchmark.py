@@ -15,6 +15,7 @@ import tiny as tiny_sizes
 from ml_collections import ConfigDict
 
 from cosmos_jax import benchmark, decoding, peaks, sharding, speed, systems, torch_gpt2
+from cosmos_jax import config as config_lib
 from cosmos_jax.baselines import BASELINES
 from cosmos_jax.errors import UserError
 from cosmos_jax.models import masked
@@ -40,7 +41,7 @@ def config(base, **fields):
             "skip_seconds": 1e6,
             "workdirs": {},
             "training": {
-                "stages": "autoencoder,diffusion,distillation,autoregressive,masked",
+                "stages": ",".join((*config_lib.training(base), "autoregressive", "masked")),
                 "batch_size": 4,
                 "steps": 2,
             },
@@ -328,6 +329,10 @@ def test_trained_weights_are_taken(tiny, finished, mesh):
         ({"systems": "default,fast"}, "config.systems"),
         ({"batch_sizes": (1, 0)}, "config.batch_sizes"),
         ({"rounds": 0}, "config.rounds"),
+        (
+            {"training": {"stages": "distillation", "steps": 1, "batch_size": 4}},
+            "config.training.stages is 'distillation', but config.base.distillation.steps is 0",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tiny, tmp_path, fields, message):

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from cosmos_jax import config as config_lib
 from cosmos_jax import config_checks
@@ -255,6 +256,32 @@ def test_a_field_that_an_older_config_lacks_has_its_default():
         del recorded["system"]
     assert config_checks.conflict(recorded, config_lib.base()) == ""
     assert config_checks.conflict(recorded, with_field("system", "masked")).startswith("system is")
+
+
+def test_a_run_that_is_not_distilled_yet_may_be_in_any_way():
+    def conflict(field, value):
+        asked = with_field(field, value)
+        return config_checks.conflict(config_lib.base(), asked, distilled=False)
+
+    assert conflict("distillation.batch_size", 7) == ""
+    assert conflict("autoencoder.pretrained", "elsewhere").startswith("autoencoder.pretrained is")
+    assert conflict("diffusion.schedule_d", 9.0).startswith("diffusion.schedule_d is 5.0 there")
+
+
+def test_no_layers_of_the_decompressor_are_as_many_as_the_compressor_has():
+    all_of_them, none = (with_field("autoencoder.decompressor_layers", n) for n in (12, 0))
+    assert config_checks.conflict(all_of_them, none) == ""
+    assert "is 12 there and 3 here" in config_checks.conflict(none, config_lib.base())
+
+
+def test_a_run_of_before_there_were_these_fields_goes_on():
+    content = config_lib.base().to_dict()
+    del content["distillation"], content["autoencoder"]["decompressor_layers"]
+    content["diffusion"]["distilled_steps"] = 0
+    found = config_lib.recorded(content)
+    assert config_lib.training(found) == ("autoencoder", "diffusion")
+    assert found.autoencoder.decompressor_layers == 0
+    assert config_checks.conflict(ConfigDict(content), found) == ""
 
 
 def test_a_config_does_not_conflict_with_its_file():

@@ -227,6 +227,19 @@ def test_its_teacher_can_be_had(tiny, distilled, taught_by, tmp_path):
     assert cosmos_jax.load(tmp_path / "teacher").generate(4) == teacher.generate(4)
 
 
+def test_it_does_without_its_teacher(tiny, distilled, tmp_path):
+    workdir = shutil.copytree(distilled, tmp_path / "run")
+    shutil.rmtree(workdir / "diffusion")
+    (workdir / "evaluation.json").unlink()
+    assert cosmos_jax.load(workdir).generate(4) == cosmos_jax.load(distilled).generate(4)
+    run_stages(tiny.config(distillation__steps=80, **TO_THE_END), workdir, "evaluate")
+    found, before = (
+        json.loads((path / "evaluation.json").read_text()) for path in (workdir, distilled)
+    )
+    assert found["held_out"] == {"autoencoder": before["held_out"]["autoencoder"]}
+    assert found["scores"] == before["scores"]
+
+
 def test_a_run_is_used_before_it_is_distilled(tiny, finished, caplog, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     config = tiny.config(distillation__steps=4)
@@ -249,6 +262,12 @@ def test_it_goes_on_bit_for_bit_and_only_with_its_teacher(tiny, finished, tmp_pa
     more = {"diffusion__steps": 31}
     run_stages(tiny.config(distillation__steps=6, **more), whole, "diffusion")
     run_stages(tiny.config(distillation__steps=6, **more), whole, "generate")
+    run_stages(tiny.config(distillation__steps=6, **more), whole, "evaluate")
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    assert set(evaluation["held_out"]) == {"autoencoder"}
+    message = "learned from the denoiser at step 30, and that of .*diffusion is at step 31: delete"
+    with pytest.raises(UserError, match=message):
+        run_stages(tiny.config(distillation__steps=6, **more), whole, "distillation")
     with pytest.raises(UserError, match="was trained with diffusion_step 30, but here it is 31"):
         run_stages(tiny.config(distillation__steps=8, **more), whole, "distillation")
     message = r"config\.distillation\.num_sampling_steps is 4, but .* learned with 2: give that"
