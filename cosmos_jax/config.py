@@ -298,7 +298,8 @@ def recorded(content: Mapping[str, Any]) -> ConfigDict:
     config.update_from_flattened_dict(_BEFORE)
     config.update(content)
     for name in _NO_MORE:
-        config.diffusion.pop(name, None)
+        if name in config.diffusion:
+            del config.diffusion[name]
     return config
 
 
