@@ -75,8 +75,10 @@ def evaluate(run: Run) -> None:
             raise distributed.Preempted("evaluate: what is done is saved")
 
     for name in config_lib.training(pipeline.undistilled(run).config):
+        if name in state["held_out"]:
+            continue
         of = finished if name in finished.stages else _teacher(run, finished)
-        if of is not None and name not in state["held_out"]:
+        if of is not None:
             sums = state.setdefault("sums", {"texts": 0, "totals": {}})
             for count, totals in held_out_sums(run, of, name, **sums):
                 sums.update(texts=count, totals=totals)
